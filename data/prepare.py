@@ -1,0 +1,230 @@
+"""
+Text to tokens: data/<dataset>_<vocab_size>/{train,val}.bin (uint16) and meta.json, and the tokenizer itself.
+
+train.py calls this for a corpus it does not find. By hand: python data/prepare.py shakespeare --vocab_size=256
+"""
+
+import argparse
+import difflib
+import functools
+import hashlib
+import http.client
+import io
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import tiktoken
+import tiktoken_ext.openai_public
+
+DATA = Path(__file__).resolve().parent
+
+DOWNLOADS = {  # dataset: (urls in the order they are tried, sha256)
+    'shakespeare': (['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'],
+                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
+    'wikitext103': (['https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/'
+                     'wikitext-103-raw-v1.zip', 'https://wikitext.smerity.com/wikitext-103-raw-v1.zip'],
+                    '91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794'),
+}
+BUILTIN = ['python', *DOWNLOADS]
+
+
+class UserError(Exception):
+    """A mistake that one line can explain: what was given, what is allowed, what to do next."""
+
+
+@functools.cache
+def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
+    """256: bytes. 257 to 50257: the first vocab_size - 1 ranks of GPT-2's BPE, and <|endoftext|> as the last id.
+    Each merge is built from lower ranks, so the cut is a valid BPE and loses nothing. UserError for another size."""
+    if vocab_size == 256:
+        return tiktoken.Encoding('bytes', pat_str=r'(?s:.){1,16}', special_tokens={},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    if not 256 < vocab_size <= 50257:
+        raise UserError(f'vocab_size must be 256 (bytes) or 257 to 50257 (GPT-2 BPE), got {vocab_size}')
+    try:
+        gpt2 = tiktoken_ext.openai_public.gpt2()
+    except OSError as e:
+        raise UserError(f'vocab_size {vocab_size} needs the GPT-2 BPE, which tiktoken could not download '
+                        f'({type(e).__name__}); go online once, set TIKTOKEN_CACHE_DIR, or use --vocab_size=256') from e
+    ranks = {token: rank for token, rank in gpt2['mergeable_ranks'].items() if rank < vocab_size - 1}
+    return tiktoken.Encoding(f'gpt2_{vocab_size}', pat_str=gpt2['pat_str'], mergeable_ranks=ranks,
+                             special_tokens={'<|endoftext|>': vocab_size - 1})
+
+
+def download(dataset: str) -> Path:
+    """The dataset's file, fetched once into data/ and checked against its sha256. UserError if no address serves it."""
+    urls, sha256 = DOWNLOADS[dataset]
+    path = DATA / f'{dataset}-{urls[0].rsplit("/", 1)[1]}'
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    failures = []
+    for url in urls:
+        part = Path(f'{path}.{os.getpid()}.part')
+        try:
+            request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0 (looped)'})
+            digest, done = hashlib.sha256(), 0
+            with urllib.request.urlopen(request, timeout=30) as response, open(part, 'wb') as f:
+                total = int(response.headers.get('Content-Length') or 0)
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    digest.update(block)
+                    done += len(block)
+                    progress(f'downloading {dataset}: {done / 1e6:.1f} of {total / 1e6:.1f} MB')
+            progress(None)
+            if digest.hexdigest() == sha256:
+                os.replace(part, path)
+                return path
+            failures.append(f'{url}: {done:,} bytes with another sha256 than {sha256}')
+        except (OSError, http.client.HTTPException) as e:
+            failures.append(f'{url}: {e}')
+        finally:
+            part.unlink(missing_ok=True)
+    raise UserError(f'could not download {dataset} ({"; ".join(failures)}). Put the file at {path} yourself, '
+                    f'or use --dataset=python, which needs no network')
+
+
+def local_files(dataset: str) -> list[Path]:
+    """The files of a corpus that lies on this disk: the standard library, or the user's file or folder."""
+    if dataset != 'python':
+        path = Path(dataset)
+        return [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file())
+    skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+    stdlib = Path(sysconfig.get_path('stdlib'))
+    return sorted(p for p in stdlib.rglob('*.py') if not skip & set(p.relative_to(stdlib).parts))
+
+
+def pieces(f: io.BufferedIOBase, length: int = 1 << 20) -> Iterator[tuple[int, str]]:
+    """(bytes read so far, text), about `length` characters at a time. Cut where a word ends and white space begins,
+    which no token of the GPT-2 BPE spans, so the pieces encode to what the whole would."""
+    text, rest = io.TextIOWrapper(f, encoding='utf-8', errors='replace', newline=''), ''
+    read = 0
+    while block := text.read(length):
+        read += len(block.encode())
+        rest += block
+        cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i].isspace() and not rest[i - 1].isspace()), 0)
+        if cut:
+            yield read, rest[:cut]
+            rest = rest[cut:]
+    yield read, rest
+
+
+def documents(dataset: str) -> Iterator[tuple[str, str]]:
+    """(split, text) of a whole corpus, in order. Validation is every 20th file, or of fewer files the last tenth of
+    each; of wikitext103 its own."""
+    if dataset == 'wikitext103':
+        with zipfile.ZipFile(download(dataset)) as z:
+            for split, name in ('train', 'train'), ('val', 'valid'):
+                with z.open(f'wikitext-103-raw/wiki.{name}.raw') as f:
+                    yield from ((split, text) for _, text in pieces(f))
+        return
+    files = [download(dataset)] if dataset in DOWNLOADS else local_files(dataset)
+    for i, path in enumerate(files):
+        with open(path, 'rb') as f:
+            if b'\0' in f.read(4096):
+                continue  # not text
+            f.seek(0)
+            size = path.stat().st_size
+            for read, text in pieces(f, min(1 << 20, size // 50 + 1)):
+                last = i % 20 == 19 if len(files) >= 20 else read > 0.9 * size
+                yield 'val' if last else 'train', text
+
+
+def fingerprint(dataset: str) -> str:
+    """What tells a corpus from an edited one: the archive's sha256, or that of names, sizes and times of files."""
+    if dataset in DOWNLOADS:
+        return DOWNLOADS[dataset][1]
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(dataset)]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def progress(line: str | None):
+    """Overwrite one line of the terminal; None ends it. Silent where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        print('\n' if line is None else f'\r{line}', end='', file=sys.stderr, flush=True)
+
+
+def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
+    """The folder of a prepared corpus, made first where it is missing or its text has changed.
+
+    Encodes on all cores in bounded memory. Files are written under a temporary name and renamed last.
+    UserError: unknown dataset, no text, fewer than min_tokens tokens in a split, no network.
+    """
+    name = dataset
+    if dataset not in BUILTIN:
+        if not Path(dataset).exists():
+            near = difflib.get_close_matches(dataset, BUILTIN, 1)
+            raise UserError(f'no dataset {dataset!r}: give {", ".join(BUILTIN)}, or a file or folder of your own text'
+                            + (f'; did you mean {near[0]}?' if near else ''))
+        path = Path(dataset).resolve()
+        name = f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
+    encoding, folder, hash_ = get_tokenizer(vocab_size), DATA / f'{name}_{vocab_size}', fingerprint(dataset)
+    if folder.exists() and read_meta(folder)['hash'] == hash_:
+        return folder
+
+    start, workers = time.time(), os.cpu_count() or 1
+    print(f'preparing {dataset} with {vocab_size:,} tokens in {folder}')
+    tokens, size = dict(train=0, val=0), dict(train=0, val=0)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=DATA))
+    try:
+        with ThreadPoolExecutor(workers) as pool, open(temporary / 'train.bin', 'wb') as train, \
+                open(temporary / 'val.bin', 'wb') as val:
+            out, stream = dict(train=train, val=val), documents(dataset)
+
+            def encode(text):  # tiktoken works outside the GIL
+                return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+            while batch := [item for _, item in zip(range(4 * workers), stream)]:
+                for (split, text), ids in zip(batch, pool.map(encode, (text for _, text in batch))):
+                    ids.tofile(out[split])
+                    tokens[split] += len(ids)
+                    size[split] += len(text.encode())
+                progress(f'tokenizing {dataset}: {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
+            progress(None)
+        for split, count in tokens.items():
+            if count < min_tokens:
+                raise UserError(f'{dataset} has {count} {split} tokens, and block_size + 1 = {min_tokens} are needed: '
+                                f'give more text or a smaller --block_size')
+        (temporary / 'meta.json').write_text(json.dumps(dict(
+            dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_), indent=1))
+        if folder.exists() and read_meta(folder)['hash'] != hash_:
+            shutil.rmtree(folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process prepared the same corpus meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'prepared {tokens["train"]:,} training and {tokens["val"]:,} validation tokens '
+          f'of {sum(size.values()) / 1e6:.1f} MB in {time.time() - start:.1f} s')
+    return folder
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared corpus; where it does not read, a hash that matches nothing."""
+    try:
+        return json.loads((folder / 'meta.json').read_text())
+    except (OSError, ValueError):
+        return dict(hash=None)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description='Prepare a corpus; train.py does it by itself.')
+    parser.add_argument('dataset', help=f'{", ".join(BUILTIN)}, or a file or folder of text')
+    parser.add_argument('--vocab_size', type=int, default=256, help='256 is bytes; 257 to 50257 GPT-2 BPE')
+    args = parser.parse_args()
+    try:
+        prepare(args.dataset, args.vocab_size)
+    except UserError as e:
+        sys.exit(f'prepare.py: {e}')

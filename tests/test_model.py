@@ -1,0 +1,312 @@
+"""looped.py against formulas written out here, and its promises as an interface."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from looped import EPS, READOUTS, RECURRENCES, ExitCrossEntropy, LoopedConfig, LoopedGPT
+
+SMALL = dict(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32, loops=4)
+
+
+def make(**flags) -> LoopedGPT:
+    torch.manual_seed(0)
+    model = LoopedGPT(LoopedConfig(**{**SMALL, **flags}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def batch(B=3, T=16):
+    ids = torch.randint(61, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def rms_norm(h, gain):
+    return h / torch.sqrt((h ** 2).mean(-1, keepdim=True) + EPS) * gain
+
+
+def layer_norm(h, gain):
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + EPS) * gain
+
+
+def expected_states(model, idx):
+    """Section 1 of the design, by hand: explicit heads, explicit mask."""
+    p, c = dict(model.named_parameters()), model.cfg
+    h, states = p['tok_emb.weight'][idx] + p['pos_emb.weight'][:idx.size(1)], []
+    mask = torch.triu(torch.full((idx.size(1),) * 2, -math.inf), 1)
+    for k in range(c.loops):
+        if k and c.recurrence == 'rms':
+            h = rms_norm(h, p['between.weight'])
+        if k and c.recurrence == 'damped':
+            h = h / (1 + torch.exp(-p['between.a']))
+        for i in range(c.n_layer):
+            w = {name: p[f'blocks.{i}.{name}.weight'] for name in ('norm_attn', 'qkv', 'proj', 'norm_mlp', 'w1', 'w2', 'w3')}
+            q, k_, v = (rms_norm(h, w['norm_attn']) @ w['qkv'].T).split(c.n_embd, dim=-1)
+            heads = []
+            for j in range(c.n_head):
+                s = slice(j * c.n_embd // c.n_head, (j + 1) * c.n_embd // c.n_head)
+                att = q[..., s] @ k_[..., s].transpose(1, 2) / math.sqrt(c.n_embd // c.n_head) + mask
+                heads.append(att.softmax(-1) @ v[..., s])
+            h = h + torch.cat(heads, -1) @ w['proj'].T
+            m = rms_norm(h, w['norm_mlp'])
+            gate = m @ w['w1'].T
+            h = h + (gate * torch.sigmoid(gate) * (m @ w['w3'].T)) @ w['w2'].T
+        states.append(h)
+    return states
+
+
+def expected_logits(model, h, final):
+    readout, W = model.cfg.readout, model.tok_emb.weight
+    if readout == 'rms' or readout == 'final_rms' and final:
+        h = rms_norm(h, model.last_exit.weight)
+    elif readout == 'layernorm':
+        h = layer_norm(h, model.last_exit.weight)
+    elif readout == 'alpha':
+        h = h * (h ** 2).mean(-1, keepdim=True) ** ((model.cfg.alpha - 1) / 2)
+    return h @ W.T
+
+
+@pytest.mark.parametrize('recurrence', RECURRENCES)
+@pytest.mark.parametrize('readout', READOUTS)
+def test_states_logits_losses_and_norms_follow_the_equations(readout, recurrence):
+    model, (idx, targets) = make(readout=readout, recurrence=recurrence, alpha=0.3), batch()
+    states = expected_states(model, idx)
+    for got, want in zip(model.states(idx), states, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    logits = [expected_logits(model, h, k == 4) for k, h in enumerate(states, 1)]
+    losses = torch.stack([-z.log_softmax(-1).gather(-1, targets[..., None]).mean() for z in logits])
+    with torch.no_grad():
+        out = model(idx, targets)
+    torch.testing.assert_close(out.losses, losses, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.loss, losses.mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.norms, torch.stack([(h ** 2).sum(-1).sqrt().mean() for h in states]))
+    torch.testing.assert_close(model(idx).logits, logits[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('supervision, norm_penalty', list(itertools.product(['per_loop', 'terminal'], [0.0, 0.01])))
+@pytest.mark.parametrize('readout', READOUTS)
+def test_training_gradients_are_those_of_the_plain_loss(readout, supervision, norm_penalty, monkeypatch):
+    """ExitCrossEntropy, over several chunks with a short last one, against autograd through all logits."""
+    monkeypatch.setattr(ExitCrossEntropy, 'ROWS', 20)
+    model, (idx, targets) = make(readout=readout, supervision=supervision, norm_penalty=norm_penalty), batch()
+    model.train()
+    out = model(idx, targets)
+    got = torch.autograd.grad(out.loss, list(model.parameters()))
+    states = model.states(idx)
+    losses = [F.cross_entropy(model.readout(h, h is states[-1]).flatten(0, 1), targets.flatten()) for h in states]
+    losses = losses if supervision == 'per_loop' else losses[-1:]
+    loss = torch.stack(losses).mean() + norm_penalty * torch.stack([(h ** 2).mean() for h in states]).mean()
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(out.losses, torch.stack(losses).detach())
+    for g, want in zip(got, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(g, want, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_is_the_same_with_and_without_gradients():
+    for supervision in 'per_loop', 'terminal':
+        model, (idx, targets) = make(supervision=supervision, norm_penalty=0.1), batch()
+        with torch.no_grad():
+            plain = model(idx, targets)
+        torch.testing.assert_close(model(idx, targets).losses, plain.losses)
+        if supervision == 'per_loop':
+            torch.testing.assert_close(model(idx, targets).loss, plain.loss)
+        else:
+            model.train()
+            torch.testing.assert_close(model(idx, targets).loss, plain.loss)
+
+
+def test_terminal_supervision_reads_out_once_in_training_and_everywhere_in_eval():
+    model, (idx, targets) = make(supervision='terminal'), batch()
+    exposed = []
+    model.expose = lambda h, final=True: exposed.append(final) or LoopedGPT.expose(model, h, final)
+    assert model.train()(idx, targets).losses.shape == (1,) and exposed == [True]
+    with torch.no_grad():
+        assert model.eval()(idx, targets).losses.shape == (4,)
+    assert exposed[1:] == [False, False, False, True]
+
+
+@pytest.mark.parametrize('V', [256, 20000])
+def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits(V):
+    """What autograd saves from K = 2 to 6 must not grow by a (B, T, V) tensor, nor by any of half that size."""
+    saved = {}
+    for loops in 2, 6:
+        model = make(vocab_size=V, n_layer=1, loops=loops, block_size=64)
+        idx = torch.randint(V, (8, 64))
+        big = {}
+
+        def pack(t):
+            if t.numel() >= 8 * 64 * V // 2:
+                big[t.data_ptr()] = t.numel()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(idx, idx)
+        saved[loops] = sum(big.values()) if V > 256 else 0
+    assert saved[2] == saved[6]
+
+
+def test_checkpoint_loops_changes_no_gradient_and_keeps_one_state_a_loop():
+    sizes, grads = {}, {}
+    for on in False, True:
+        model, (idx, targets) = make(dropout=0.1).train(), batch()
+        model.checkpoint_loops = on
+        saved = {}
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            loss = model(idx, targets).loss
+        sizes[on] = sum(saved.values())
+        grads[on] = torch.autograd.grad(loss, list(model.parameters()))
+    assert sizes[True] < sizes[False] / 3
+    for a, b in zip(grads[True], grads[False]):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_position_sees_a_later_one():
+    model, (idx, _) = make(), batch()
+    changed = idx.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 61
+    for a, b in zip(model.states(idx), model.states(changed)):
+        torch.testing.assert_close(a[:, :9], b[:, :9])
+        assert (a[:, 9:] - b[:, 9:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize('recurrence', RECURRENCES)
+def test_a_run_at_3_loops_is_the_prefix_of_a_run_at_5(recurrence):
+    model, (idx, _) = make(recurrence=recurrence), batch()
+    for a, b in zip(model.states(idx, loops=3), model.states(idx, loops=5)):
+        assert torch.equal(a, b)
+    assert len(model.states(idx, loops=1)) == 1 and len(model.states(idx)) == 4
+
+
+def test_the_last_loop_run_is_the_final_one_of_final_rms():
+    model, (idx, _) = make(readout='final_rms'), batch()
+    h = model.states(idx, loops=2)[-1]
+    torch.testing.assert_close(model(idx, loops=2).logits, rms_norm(h, model.last_exit.weight) @ model.tok_emb.weight.T,
+                               atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('n_embd', [64, 256])
+@pytest.mark.parametrize('readout', READOUTS)
+def test_the_initial_loss_is_near_that_of_a_uniform_guess(readout, n_embd):
+    torch.manual_seed(0)
+    model = LoopedGPT(LoopedConfig(readout=readout, n_embd=n_embd, vocab_size=1000))
+    ids = torch.randint(1000, (8, 65))
+    losses = model(ids[:, :-1], ids[:, 1:]).losses
+    assert (losses - math.log(1000)).abs().max() < 0.3
+
+
+def test_the_embedding_is_the_unembedding():
+    model, (idx, _) = make(readout='raw'), batch()
+    before = model.readout(torch.ones(1, 1, 32))
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(2)
+    torch.testing.assert_close(model.readout(torch.ones(1, 1, 32)), 2 * before)
+    assert sum(p.numel() == 61 * 32 for p in model.parameters()) == 1
+
+
+@pytest.mark.parametrize('n_layer, n_head, n_embd, count', [(8, 8, 512, 43_934_208), (12, 12, 768, 128_822_016)])
+def test_the_models_of_the_paper_have_their_exact_sizes(n_layer, n_head, n_embd, count):
+    with torch.device('meta'):
+        model = LoopedGPT(LoopedConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=256,
+                                       vocab_size=20000, loops=4))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize('field, value, allowed', [
+    ('loops', 0, 'at least 1'), ('n_layer', -1, 'at least 1'), ('loops', 2.5, 'whole number'), ('n_head', 5, 'multiple'),
+    ('readout', 'rsm', 'final_rms'), ('recurrence', 'none', 'damped'), ('supervision', 'all', 'per_loop'),
+    ('alpha', 1.1, 'at most 1'), ('alpha', -0.1, 'at least 0'), ('norm_penalty', -1.0, 'at least 0'),
+    ('norm_penalty', math.nan, 'at least 0'), ('norm_penalty', math.inf, 'finite'), ('dropout', 1.0, 'at most')])
+def test_a_config_that_cannot_work_names_the_field_the_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as e:
+        LoopedConfig(**{field: value})
+    assert ('n_embd' if field == 'n_head' else field) in str(e.value) and str(value) in str(e.value)
+    assert allowed in str(e.value)
+
+
+def test_a_bad_call_says_so():
+    model, (idx, _) = make(), batch()
+    for call in (lambda: model.states(idx, loops=0), lambda: model.states(idx.repeat(1, 2)),
+                 lambda: model.states(idx[:, :0]), lambda: model.generate(idx, 1, temperature=-1.0),
+                 lambda: model.generate(idx, 1, top_k=0)):
+        with pytest.raises(ValueError):
+            call()
+    with pytest.raises(IndexError):
+        model(idx + 61)
+
+
+@pytest.mark.parametrize('recurrence', RECURRENCES)
+@pytest.mark.parametrize('readout', READOUTS)
+@pytest.mark.parametrize('loops', [1, 6])
+def test_greedy_generation_is_that_of_recomputing_everything(readout, recurrence, loops):
+    """Through the cache, past block_size and beyond the trained depth."""
+    model, (idx, _) = make(readout=readout, recurrence=recurrence), batch(T=5)
+    want = idx
+    for _ in range(25):
+        logits = model(want[:, -16:], loops=loops).logits
+        want = torch.cat((want, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(idx, 25, loops=loops, temperature=0), want)
+
+
+def test_a_new_token_costs_one_position_until_the_window_slides():
+    model, (idx, _) = make(), batch(B=1, T=5)
+    fed = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: fed.append(args[0].size(1)))
+    model.generate(idx, 14, loops=1)
+    assert fed == [5] + [1] * 11 + [16] * 2
+
+
+def test_the_same_seed_samples_the_same_text_and_top_k_1_is_greedy():
+    model, (idx, _) = make(), batch(T=5)
+    texts = []
+    for seed in 1, 1, 2:
+        torch.manual_seed(seed)
+        texts.append(model.generate(idx, 20))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert torch.equal(model.generate(idx, 10, top_k=1), model.generate(idx, 10, temperature=0))
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+def test_flops_count_every_matrix_once_a_visit():
+    """By torch's own counter, on a size where attention's share is exact for full attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for supervision in 'per_loop', 'terminal':
+        model = make(supervision=supervision).train()
+        idx, targets = batch()
+        with FlopCounterMode(display=False) as counter:
+            model(idx, targets).loss.backward()
+        matmuls = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'attention' not in str(op))
+        attention = 12 * 32 * 16 * model.cfg.n_layer * model.cfg.loops * idx.numel()
+        assert matmuls + attention == model.flops_per_token() * idx.numel()
+
+
+def test_compiled_regions_give_the_same_gradients_and_depth_compiles_nothing_new():
+    import torch._dynamo
+    stats = torch._dynamo.utils.counters['stats']
+    idx, targets = batch()
+    graphs = []
+    for n_layer, loops in (2, 2), (4, 5):
+        torch._dynamo.reset()
+        stats.clear()
+        model = make(n_layer=n_layer, loops=loops).train()
+        plain = model(idx, targets)
+        plain.loss.backward()
+        want = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        model.compile_regions()
+        out = model(idx, targets)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, plain.loss, atol=1e-4, rtol=1e-4)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, want[name], atol=1e-4, rtol=1e-3)
+        graphs.append(stats['unique_graphs'])
+        with torch.no_grad():
+            model(idx, targets)
+            evaluated = stats['unique_graphs']
+            model(idx, targets, loops=loops + 3)
+        assert stats['unique_graphs'] == evaluated
+    assert graphs == [2, 2]  # a block and a chunk of an exit

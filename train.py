@@ -1,0 +1,433 @@
+"""
+Train a looped language model on one device, or on several with torchrun.
+
+    python train.py --readout=rms --loops=8
+    torchrun --standalone --nproc_per_node=2 train.py --readout=rms --loops=8
+
+A run is a folder: log.jsonl (the flags, then a line a logged step or evaluation) and ckpt.pt.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data.prepare import BUILTIN, UserError, prepare, read_meta
+from looped import LoopedConfig, LoopedGPT, flag
+
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}  # dense bf16
+
+
+@dataclass
+class TrainConfig(LoopedConfig):
+    """Every flag of train.py: the model's, then these."""
+    dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
+    out_dir: str = flag('', 'folder of the run; named after the flags if left out')
+    batch_size: int = flag(8, 'sequences a micro-step and process', low=1)
+    gradient_accumulation_steps: int = flag(1, 'micro-steps an update', low=1)
+    max_iters: int = flag(1600, 'updates in all', low=1)
+    learning_rate: float = flag(6e-3, 'learning rate after warm-up', low=0)
+    lr_schedule: str = flag('constant', 'after warm-up', ('constant', 'cosine'))
+    min_lr: float = flag(0.0, 'where --lr_schedule=cosine ends', low=0)
+    warmup_iters: int = flag(50, 'iterations of linear warm-up', low=0)
+    weight_decay: float = flag(0.01, 'decoupled, on matrices only', low=0)
+    beta1: float = flag(0.9, 'AdamW', low=0, high=1)
+    beta2: float = flag(0.95, 'AdamW', low=0, high=1)
+    grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip', low=0)
+    seed: int = flag(1, 'of weights, batches and dropout', low=0)
+    device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1')
+    dtype: str = flag('auto', 'of matrix products; auto is bfloat16 on cuda, else float32; the state is float32',
+                      ('auto', 'float32', 'bfloat16', 'float16'))
+    compile: str = flag('auto', 'torch.compile; auto is True on cuda, else False', ('auto', 'True', 'False'))
+    checkpoint_loops: bool = flag(False, 'recompute inside each loop in backward: less memory, more time')
+    eval_interval: int = flag(200, 'iterations between evaluations, which also save', low=1)
+    eval_iters: int = flag(50, 'batches of a split an evaluation', low=1)
+    log_interval: int = flag(20, 'iterations between log lines', low=1)
+    resume: bool = flag(False, 'continue the run in out_dir')
+    overwrite: bool = flag(False, 'replace the run in out_dir')
+    eval_only: bool = flag(False, 'evaluate once and stop; with --resume, the checkpoint')
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Flags, shared with sample.py and plot_norms.py
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
+
+    def __init__(self, config, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+        self.config = config
+        for f in fields(config):
+            rule = f.metadata
+            metavar = '{' + ','.join(rule['choices']) + '}' if rule['choices'] else f.type.__name__.upper()
+            switch = f.type is bool or rule['choices'] and 'True' in rule['choices']
+            self.add_argument(
+                f'--{f.name}', default=argparse.SUPPRESS, metavar=metavar, type=parse_bool if f.type is bool else f.type,
+                help=f'{rule["help"]} (default: {f.default!r})'.replace('%', '%%'),
+                **(dict(nargs='?', const=f.type('True')) if switch else {}))
+
+    def error(self, message):
+        if message.startswith('unrecognized arguments: '):
+            typed = message.split(': ', 1)[1].split()[0].split('=')[0]
+            near = difflib.get_close_matches(typed, self._option_string_actions, 1)
+            message = f'unknown flag {typed}' + (f'; did you mean {near[0]}?' if near else '')
+        self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
+
+    def parse(self, argv=None):
+        """The config and the dict of what was typed: (config, given). Exits with 2 where a value is not allowed."""
+        given = vars(self.parse_args(argv))
+        try:
+            return self.config(**{f.name: given[f.name] for f in fields(self.config) if f.name in given}), given
+        except ValueError as e:
+            self.error(f'--{e}')
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+        raise argparse.ArgumentTypeError(f'must be True or False, got {text!r}')
+    return text.lower() in ('true', '1')
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA, then MPS, then the CPU. UserError for a device that is not here."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f'--device={name} does not work here ({str(e).splitlines()[0]}); try --device=auto') from e
+    return device
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A run's folder and its checkpoint
+
+
+def run_folder(cfg: TrainConfig) -> Path:
+    """cfg.out_dir, or a name that holds the flags by which ablations differ, so that they land side by side."""
+    if cfg.out_dir:
+        return Path(cfg.out_dir)
+    default = TrainConfig()
+    readout = f'alpha{cfg.alpha:g}' if cfg.readout == 'alpha' else cfg.readout
+    name = f'{Path(cfg.dataset).stem}-{readout}-{cfg.recurrence}-{cfg.supervision}'
+    for key, short in ('norm_penalty', 'pen'), ('loops', 'k'), ('learning_rate', 'lr'), ('seed', 's'):
+        if getattr(cfg, key) != getattr(default, key):
+            name += f'-{short}{getattr(cfg, key):g}'
+    return Path('out') / name
+
+
+def save_checkpoint(path: Path, state: dict):
+    """Write, flush, rename: whatever interrupts it, `path` holds a whole checkpoint, the new or the old."""
+    temporary = path.with_suffix('.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'could not save {path} ({e}); {"the old one stays" if path.exists() else "none is there"}: '
+                        f'make room and go on with --resume') from e
+
+
+def load_checkpoint(path: Path, device='cpu') -> tuple[LoopedGPT, TrainConfig, dict]:
+    """What save_checkpoint wrote: the model in eval mode, its flags, and the dict with iter, optimizer and scaler.
+    UserError if the file is missing, truncated or something else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        cfg = TrainConfig(**state['config'])
+        model = LoopedGPT(model_config(cfg)).to(device).eval()
+        model.load_state_dict(state['model'])
+        state['optimizer'], state['scaler'], state['iter']
+        return model, cfg, state
+    except FileNotFoundError as e:
+        raise UserError(f'no checkpoint {path} (yet): train first, without --resume') from e
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
+        raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
+                        f'delete it, or give another folder') from e
+
+
+def model_config(cfg: TrainConfig) -> LoopedConfig:
+    return LoopedConfig(**{f.name: getattr(cfg, f.name) for f in fields(LoopedConfig)})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def load_tokens(cfg: TrainConfig) -> tuple[dict, dict]:
+    """({'train': tokens, 'val': tokens}, meta): memory-mapped uint16, prepared first if need be."""
+    folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
+    tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
+    for split, t in tokens.items():
+        if len(t) <= cfg.block_size:
+            raise UserError(f'{cfg.dataset} has {len(t)} {split} tokens, and block_size + 1 = {cfg.block_size + 1} '
+                            f'are needed: give more text or a smaller --block_size')
+        if t.max() >= cfg.vocab_size:
+            raise UserError(f'{folder}/{split}.bin holds token {t.max()}, outside vocab_size {cfg.vocab_size}: '
+                            f'delete the folder, and it is prepared again')
+    return tokens, read_meta(folder)
+
+
+def windows(tokens, starts, block_size: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """idx and targets, each (len(starts), block_size) int64, in one read of the memory map."""
+    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    if device.type == 'cuda':
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    ids = ids.to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train_batch(tokens, cfg: TrainConfig, rank: int, it: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All micro-steps of iteration `it`: a function of (seed, rank, it) alone."""
+    rng = np.random.default_rng((cfg.seed, rank, it))
+    starts = rng.integers(len(tokens) - cfg.block_size, size=cfg.gradient_accumulation_steps * cfg.batch_size)
+    return windows(tokens, starts, cfg.block_size, device)
+
+
+def eval_batches(tokens, cfg: TrainConfig, count: int, device):
+    """The same evenly spaced windows for every run of this block_size: `count` batches of (idx, targets)."""
+    starts = np.linspace(0, len(tokens) - cfg.block_size - 1, count * cfg.batch_size).astype(np.int64)
+    for batch in starts.reshape(count, -1):
+        yield windows(tokens, batch, cfg.block_size, device)
+
+
+@torch.no_grad()
+def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast) -> dict:
+    """Cross-entropy at every exit on both splits, norms at every loop and bits per byte at the last exit (val)."""
+    model.eval()
+    mean = {}
+    for split in 'train', 'val':
+        outs = []
+        for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
+            with autocast:
+                out = model(idx, targets)
+            outs.append(torch.stack((out.losses, out.norms)))
+        mean[split] = torch.stack(outs).mean(0).tolist()
+    model.train()
+    bpb = mean['val'][0][-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
+    return dict(train_losses=mean['train'][0], val_losses=mean['val'][0], norms=mean['val'][1], bpb=bpb)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(cfg: TrainConfig, it: int) -> float:
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / cfg.warmup_iters
+    if cfg.lr_schedule == 'constant':
+        return cfg.learning_rate
+    done = (it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+
+def configure_optimizer(model: LoopedGPT, cfg: TrainConfig, device) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                             fused=device.type in ('cpu', 'cuda'))
+
+
+def train(cfg: TrainConfig, given: dict):
+    """The recipe. `given` holds the flags that were typed: with --resume, they are laid over the run's own."""
+    # One process, or one of torchrun's
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    master = rank == 0
+    say = print if master else lambda *_: None
+    spread = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
+    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if spread else cfg.device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+
+    # The folder, and what is in it
+    out_dir, state = run_folder(cfg), None
+    log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
+    if cfg.resume and cfg.overwrite:
+        raise UserError('--resume continues a run and --overwrite replaces it: give one of them')
+    if cfg.resume:
+        model, saved, state = load_checkpoint(ckpt_path, device)
+        for f in fields(LoopedConfig):
+            if f.name in given and given[f.name] != getattr(saved, f.name):
+                raise UserError(f'--{f.name}={given[f.name]} contradicts {ckpt_path}, which was trained with '
+                                f'{getattr(saved, f.name)}: leave the flag out, or start another run')
+        cfg = replace(saved, **{'overwrite': False, 'eval_only': False, **given})
+    elif master and not cfg.overwrite and not cfg.eval_only and (log_path.exists() or ckpt_path.exists()):
+        raise UserError(f'{out_dir} holds a run: continue it with --resume, replace it with --overwrite, '
+                        f'or give another --out_dir')
+    if world > 1 and not master:
+        dist.barrier()  # rank 0 prepares the corpus
+    tokens, meta = load_tokens(cfg)
+    if world > 1 and master:
+        dist.barrier()
+
+    # Model and optimizer
+    dtype = cfg.dtype
+    if dtype == 'auto':
+        dtype = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
+    torch.set_float32_matmul_precision('high')  # TF32 on CUDA
+    if not state:
+        torch.manual_seed(cfg.seed)
+        model = LoopedGPT(model_config(cfg)).to(device)
+    model.train()
+    optimizer = configure_optimizer(model, cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    start = 0
+    if state:
+        optimizer.load_state_dict(state['optimizer'])
+        scaler.load_state_dict(state['scaler'])
+        start, state = state['iter'], None
+    model.checkpoint_loops = cfg.checkpoint_loops
+    compiled = cfg.compile == 'True' or cfg.compile == 'auto' and device.type == 'cuda'
+    if compiled:
+        model.compile_regions()
+    wrapped = model
+    if world > 1:  # with one loop, the recurrence has parameters that nothing uses
+        wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
+    peak = next((flops for name, flops in PEAK_FLOPS.items()
+                 if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
+    say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_layer} blocks x {cfg.loops} loops, '
+        f'readout {cfg.readout}, recurrence {cfg.recurrence}, supervision {cfg.supervision}'
+        + (f', norm penalty {cfg.norm_penalty:g}' if cfg.norm_penalty else ''))
+    say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
+        f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
+
+    def report(it):
+        """Evaluate, print, return the log line."""
+        result = evaluate(model, tokens, meta, cfg, device, autocast)
+        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: ' + ' '.join(f'{x:.3f}' for x in result['val_losses'])
+            + f'  ({result["bpb"]:.3f} bits per byte at the last)\n'
+            + f'             state norm, loops 1..{cfg.loops}: ' + ' '.join(f'{x:.1f}' for x in result['norms']))
+        return dict(iter=it, **result)
+
+    if cfg.eval_only:
+        return report(start) if master else None
+
+    log = None
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lines = [asdict(cfg)]
+        if cfg.resume:  # what was logged after the checkpoint happens again
+            old = [json.loads(line) for line in log_path.read_text().splitlines()]
+            lines = old[:1] + [x for x in old[1:] if x['iter'] < start or x['iter'] == start and 'loss' in x]
+        else:
+            ckpt_path.unlink(missing_ok=True)
+        log = open(log_path, 'w', buffering=1)  # a line at a time
+        log.writelines(json.dumps(line) + '\n' for line in lines)
+
+    def save(it):
+        save_checkpoint(ckpt_path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg)))
+
+    # Ctrl-C and SIGTERM ask for a stop after the running step; a second one does not wait
+    asked = torch.zeros(1, dtype=torch.int64)
+
+    def ask(signum, _):
+        if asked.item():
+            os._exit(128 + signum)
+        asked.fill_(signum)
+    for s in signal.SIGINT, signal.SIGTERM:
+        signal.signal(s, ask)
+
+    # The loop
+    it, clock, logged = start, time.perf_counter(), start
+    broken = torch.full((), -1, device=device)  # first iteration with a loss or gradient that is not finite
+    batch = train_batch(tokens['train'], cfg, rank, it, device)
+
+    def check():  # reads from the device, so only beside other reads
+        if broken.item() >= 0:
+            kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'no checkpoint was saved yet'
+            raise UserError(f'the loss or its gradient is not finite at iteration {broken.item()}; {kept}. '
+                            f'Try a smaller --learning_rate, or --grad_clip=1')
+
+    while True:
+        if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters):
+            check()
+            line = report(it)
+            log.write(json.dumps(line) + '\n')
+            if it > start:
+                save(it)
+            clock, logged = time.perf_counter(), it
+        if it >= cfg.max_iters:
+            break
+
+        lr = learning_rate(cfg, it)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of (seed, rank, it)
+        loss = 0.0
+        micro_batches = list(zip(*(x.split(cfg.batch_size) for x in batch)))
+        for i, (idx, targets) in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with autocast, nullcontext() if last or world == 1 else wrapped.no_sync():
+                out = wrapped(idx, targets)
+                scaler.scale(out.loss / len(micro_batches)).backward()
+            loss = loss + out.loss.detach() / len(micro_batches)
+        batch = train_batch(tokens['train'], cfg, rank, it + 1, device)  # while the GPU is still busy
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        finite = torch.isfinite(loss) & (torch.isfinite(norm) | scaler.is_enabled())  # the scaler skips such steps
+        broken = torch.where(finite | (broken >= 0), broken, it)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        it += 1
+
+        if master and (it % cfg.log_interval == 0 or it == cfg.max_iters):
+            loss, norms = loss.item(), out.norms.tolist()
+            check()
+            seconds = (time.perf_counter() - clock) / (it - logged)
+            clock, logged = time.perf_counter(), it
+            rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * world / seconds
+            left = time.strftime('%H:%M:%S', time.gmtime(seconds * (cfg.max_iters - it)))
+            mfu = f'  mfu {rate / world * model.flops_per_token() / peak:.1%}' if peak else ''
+            say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
+                f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
+            log.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
+        if world > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)  # on the CPU: all ranks stop after the same step
+        if asked.item():
+            if master:
+                check()
+                save(it)
+            say(f'stopped at iteration {it}; --resume continues from {ckpt_path}')
+            sys.exit(128 + asked.item())
+
+
+def main(argv=None):
+    cfg, given = FlagParser(TrainConfig, __doc__).parse(argv)
+    try:
+        train(cfg, given)
+    except (UserError, OSError) as e:
+        sys.exit(f'train.py: {e}')
+    except torch.OutOfMemoryError as e:
+        sys.exit(f'train.py: {str(e).splitlines()[0]} Try --checkpoint_loops, or a smaller --batch_size with more '
+                 f'--gradient_accumulation_steps')
+    except KeyboardInterrupt:  # before the loop, where there is nothing to save
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
