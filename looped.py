@@ -71,6 +71,20 @@ def flag(default, help: str, choices=None, low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
+def validate(config):
+    """ValueError for the first field whose value is not allowed: its name, what is allowed, what was given."""
+    for f in fields(config):
+        value, rule = getattr(config, f.name), f.metadata
+        if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f'{f.name} must be a whole number, got {value!r}')
+        if rule['choices'] and value not in rule['choices']:
+            raise ValueError(f'{f.name} must be one of {", ".join(rule["choices"])}, got {value!r}')
+        if rule['low'] is not None and not rule['low'] <= value < math.inf:
+            raise ValueError(f'{f.name} must be at least {rule["low"]} and finite, got {value!r}')
+        if rule['high'] is not None and value > rule['high']:
+            raise ValueError(f'{f.name} must be at most {rule["high"]}, got {value!r}')
+
+
 @dataclass
 class LoopedConfig:
     """Everything that makes a model. ValueError names the field, its value and what is allowed."""
@@ -88,16 +102,7 @@ class LoopedConfig:
     norm_penalty: float = flag(0.0, 'weight of mean(h^2) in the loss', low=0)
 
     def __post_init__(self):
-        for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f'{f.name} must be a whole number, got {value!r}')
-            if rule['choices'] and value not in rule['choices']:
-                raise ValueError(f'{f.name} must be one of {", ".join(rule["choices"])}, got {value!r}')
-            if rule['low'] is not None and not rule['low'] <= value < math.inf:
-                raise ValueError(f'{f.name} must be at least {rule["low"]} and finite, got {value!r}')
-            if rule['high'] is not None and value > rule['high']:
-                raise ValueError(f'{f.name} must be at most {rule["high"]}, got {value!r}')
+        validate(self)
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd must be a multiple of n_head ({self.n_head}), got {self.n_embd}')
 

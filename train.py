@@ -157,7 +157,7 @@ def load_checkpoint(path: Path, device='cpu') -> tuple[LoopedGPT, TrainConfig, d
         state['optimizer'], state['scaler'], state['iter']
         return model, cfg, state
     except FileNotFoundError as e:
-        raise UserError(f'no checkpoint {path} (yet): train first, without --resume') from e
+        raise UserError(f'no checkpoint {path} (yet): give the folder of a run, or train it first, without --resume') from e
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
         raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
                         f'delete it, or give another folder') from e

@@ -1,0 +1,88 @@
+"""
+Continue a prompt with a trained model, at any depth, or at every depth one under the other.
+
+    python sample.py out/RUN --prompt="def " --loops=4
+    python sample.py out/RUN --prompt="def " --every_depth
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.prepare import UserError, get_tokenizer
+from looped import LoopedGPT, flag, validate
+from train import FlagParser, load_checkpoint, pick_device
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = flag('\n', 'text to continue; FILE:path reads a file, - standard input')
+    loops: int = flag(0, 'depth; 0 is the trained one', low=0)
+    every_depth: bool = flag(False, 'depths 1, 2, 4 .. K and 2K, one under the other')
+    num_samples: int = flag(1, 'samples a depth', low=1)
+    max_new_tokens: int = flag(300, 'tokens a sample', low=0)
+    temperature: float = flag(0.8, '0 is greedy', low=0)
+    top_k: int = flag(200, 'sample from the k likeliest tokens; 0 is all', low=0)
+    seed: int = flag(1, 'of the first sample; the next has seed + 1', low=0)
+    device: str = flag('auto', 'auto is cuda, then mps, then cpu')
+
+    def __post_init__(self):
+        validate(self)
+
+
+def read_prompt(prompt: str) -> str:
+    """The text itself, of FILE:path or of standard input. UserError if there is none."""
+    if prompt == '-':
+        prompt = sys.stdin.buffer.read().decode('utf-8', errors='replace')
+    elif prompt.startswith('FILE:'):
+        prompt = Path(prompt[5:]).read_bytes().decode('utf-8', errors='replace')
+    if not prompt:
+        raise UserError('the prompt is empty: give at least one character')
+    return prompt
+
+
+def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
+    """Print one continuation as it is made, and below it the norm of its last state and the tokens a second."""
+    torch.manual_seed(seed)
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span tokens
+    start = time.perf_counter()
+    for new in model.stream(idx, cfg.max_new_tokens, depth, cfg.temperature, cfg.top_k or None):
+        print(decoder.decode(encoding.decode_single_token_bytes(new.item())), end='', flush=True)
+        idx = torch.cat((idx, new), dim=1)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        norm = model(idx[:, -model.cfg.block_size:], loops=depth).norms[-1].item()
+    print(decoder.decode(b'', final=True) + f'\n--- {depth} loops, seed {seed}: state norm {norm:.1f}, '
+          f'{cfg.max_new_tokens / seconds:,.0f} tokens a second\n')
+
+
+def main(argv=None):
+    parser = FlagParser(SampleConfig, __doc__)
+    parser.add_argument('run', help='the folder of a run, such as out/python-rms-residual-per_loop')
+    cfg, given = parser.parse(argv)
+    sys.stdout.reconfigure(errors='replace')  # a terminal that is not UTF-8
+    try:
+        device = pick_device(cfg.device)
+        model, trained, _ = load_checkpoint(Path(given['run']) / 'ckpt.pt', device)
+        encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
+        idx = torch.tensor([encoding.encode(prompt, allowed_special='all')], device=device)
+        K = model.cfg.loops
+        depths = [cfg.loops or K]
+        if cfg.every_depth:
+            depths = sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K, 2 * K})
+        for depth in depths:
+            for i in range(cfg.num_samples):
+                print(prompt, end='')
+                sample(model, encoding, idx, depth, cfg, cfg.seed + i)
+    except (UserError, OSError) as e:
+        sys.exit(f'sample.py: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,76 @@
+"""sample.py through its command line, from a run trained here."""
+
+import io
+import sys
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import TINY
+from looped import LoopedGPT
+
+
+@pytest.fixture
+def trained(run, workplace):
+    assert run(train.main, '--dataset=text.txt', *TINY, '--loops=4', '--out_dir=r', '--max_iters=40', '--eval_interval=40')[0] == 0
+    return lambda *flags: run(sample.main, 'r', '--device=cpu', '--max_new_tokens=30', *flags)
+
+
+def test_one_line_samples_at_a_depth(trained):
+    code, out, err = trained('--prompt=line 7', '--loops=2', '--num_samples=3')
+    assert (code, err) == (0, '') and out.count('line 7') >= 3 and out.count('--- 2 loops') == 3
+    for part in 'state norm', 'tokens a second', 'seed 1', 'seed 2', 'seed 3':
+        assert part in out
+
+
+def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained):
+    _, out, _ = trained('--prompt=line', '--every_depth', '--temperature=1')
+    assert [x.split()[1] for x in out.splitlines() if x.startswith('--- ')] == ['1', '2', '4', '8']
+    texts = out.split('--- ')
+    assert len(set(t.split('\n\n')[-1] for t in texts[:-1])) > 1  # depth makes a difference
+
+
+def test_the_same_seed_gives_the_same_text(trained):
+    def text(*flags):
+        return trained(*flags)[1].split('\n--- ')[0]
+    assert text('--seed=3') == text('--seed=3') != text('--seed=4')
+    assert text('--temperature=0', '--seed=3') == text('--temperature=0', '--seed=4') == text('--top_k=1')
+
+
+def test_the_prompt_may_be_a_file_or_standard_input(trained, workplace, monkeypatch):
+    (workplace / 'p.txt').write_bytes('wörld \xff'.encode() + b'\xff')
+    a = trained('--prompt=FILE:p.txt')[1]
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((workplace / 'p.txt').read_bytes())))
+    b = trained('--prompt=-')[1]
+    assert a.split('\n--- ')[0] == b.split('\n--- ')[0] and a.startswith('wörld ÿ\N{REPLACEMENT CHARACTER}')
+
+
+def test_text_streams_and_bytes_that_are_no_utf8_show_as_replacement_characters(trained, monkeypatch, capsys):
+    ids = list('ä'.encode()) + [0xFF] + list('b'.encode()) + [0xE2]
+    seen = []
+
+    def stream(self, idx, *_):
+        for i in ids:
+            yield torch.tensor([[i]])
+            seen.append(capsys.readouterr().out)
+    monkeypatch.setattr(LoopedGPT, 'stream', stream)
+    _, out, _ = trained('--prompt=>')
+    assert seen == ['>', 'ä', '\N{REPLACEMENT CHARACTER}', 'b', ''] and out.startswith('\N{REPLACEMENT CHARACTER}\n---')
+
+
+def test_a_long_prompt_and_a_long_sample_go_past_the_window(trained):
+    code, out, err = trained('--prompt=' + 'line 1: ' * 10, '--max_new_tokens=50')
+    assert (code, err) == (0, '') and len(out.split('\n--- ')[0].encode()) >= 80 + 25
+
+
+@pytest.mark.parametrize('flags, says', [
+    (['nowhere'], 'no checkpoint nowhere/ckpt.pt'), (['r', '--prompt='], 'prompt is empty'),
+    (['r', '--prompt=FILE:nowhere.txt'], 'nowhere.txt'), (['r', '--device=toaster'], 'toaster')])
+def test_mistakes_end_in_one_line(trained, run, flags, says):
+    code, _, err = run(sample.main, *flags)
+    assert code == 1 and err.count('\n') == 1 and says in err
+    code, _, err = run(sample.main, 'r', '--tempreature=1')
+    assert code == 2 and 'did you mean --temperature?' in err
+    assert run(sample.main, 'r', '--temperature=-1')[0] == 2 and run(sample.main)[0] == 2
