@@ -146,11 +146,10 @@ class Block(nn.Module):
 def exit_chunk(x, weight, targets):
     """Cross-entropy of some rows, with its gradients. x (n, C), weight (V, C), targets (n,) ->
     losses (n,), d(sum of losses)/dx (n, C), d(sum of losses)/dweight (V, C)."""
-    logits = (x @ weight.T).float()                                      # (n, V)
-    logsumexp = logits.logsumexp(-1, keepdim=True)
-    losses = logsumexp - logits.gather(1, targets[:, None])
-    grad = (logits - logsumexp).exp()                                    # softmax(z) - onehot(target) is dCE/dz
-    grad = grad.scatter_add(1, targets[:, None], -torch.ones_like(losses)).to(x.dtype)
+    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                 # (n, V)
+    losses = -logp.gather(1, targets[:, None])
+    grad = logp.exp_()                                                   # softmax(z) - onehot(target) is dCE/dz
+    grad = grad.scatter_add_(1, targets[:, None], -torch.ones_like(losses)).to(x.dtype)
     return losses[:, 0], grad @ weight, grad.T @ x
 
 

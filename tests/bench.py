@@ -1,0 +1,242 @@
+"""
+Benchmarks: ratios within one run, and the device they were measured on. Not tests: nothing here can fail.
+
+    python tests/bench.py                                       # all sections at the 44M size
+    python tests/bench.py exits memory --n_embd=64 --n_layer=2  # some of them, another size
+"""
+
+import gc
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from looped import LoopedConfig, LoopedGPT, flag  # noqa: E402
+from train import FlagParser, TrainConfig, configure_optimizer, model_config, pick_device  # noqa: E402
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """The 44M model, at a batch that two CPU cores step in seconds; on a GPU, --batch_size=64."""
+    block_size: int = flag(256, 'context length', low=1)
+    vocab_size: int = flag(20000, 'tokens', low=2)
+    n_layer: int = flag(8, 'blocks', low=1)
+    n_head: int = flag(8, 'heads', low=1)
+    n_embd: int = flag(512, 'channels', low=1)
+    loops: int = flag(4, 'K', low=1)
+    batch_size: int = flag(2, 'sequences a step', low=1)
+    rounds: int = flag(5, 'measured steps of each contestant, in turn', low=1)
+
+
+def sync(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def in_turn(device, rounds: int, **contestants) -> dict[str, float]:
+    """Median seconds of each callable, run A B A B … after one warm-up of each."""
+    times = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, run in contestants.items():
+            sync(device)
+            start = time.perf_counter()
+            run()
+            sync(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def data(cfg, device):
+    ids = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def autocast(cfg, device):
+    dtype = torch.bfloat16 if cfg.dtype == 'bfloat16' or cfg.dtype == 'auto' and device.type == 'cuda' else torch.float32
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make(cfg, device, **other):
+    torch.manual_seed(0)
+    return LoopedGPT(LoopedConfig(**{**vars(model_config(cfg)), **other})).to(device).train()
+
+
+def stepper(model, cfg, device, loss=None, fused=True):
+    """A callable that trains one step."""
+    optimizer = configure_optimizer(model, cfg, device) if fused else torch.optim.AdamW(model.parameters(), cfg.learning_rate)
+    idx, targets = data(cfg, device)
+
+    def step():
+        with autocast(cfg, device):
+            (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+# The alternatives that looped.py was measured against
+
+
+def live_loss(model, idx, targets):
+    """Every exit's logits stay until backward."""
+    losses = [F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten()) for h in model.states(idx)]
+    return torch.stack(losses).mean()
+
+
+def recomputed_loss(model, idx, targets):
+    """Every exit's logits are recomputed in backward."""
+    def exit_ce(h):
+        return F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten())
+    return torch.stack([checkpoint(exit_ce, h, use_reentrant=False) for h in model.states(idx)]).mean()
+
+
+def plain_loss(model, idx, targets):
+    """As the authors' release does it: K live logit tensors and a norm read from the device at every loop."""
+    states = model.states(idx)
+    [h.norm(dim=-1).mean().item() for h in states]
+    logits = [model.readout(h) for h in states]
+    return sum(F.cross_entropy(z.flatten(0, 1), targets.flatten()) for z in logits) / len(logits)
+
+
+def make_plain(cfg, device):
+    """Our weights under attention that builds the T x T matrix and masks it."""
+    model = make(cfg, device)
+    mask = torch.triu(torch.ones(cfg.block_size, cfg.block_size, dtype=torch.bool, device=device), 1)
+    for block in model.blocks:
+        def attn(x, past, block=block):
+            B, T, C = x.shape
+            q, k, v = block.qkv(x).view(B, T, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-2, -1)) / math.sqrt(C // block.n_head)
+            y = scores.masked_fill(mask, -math.inf).softmax(-1).to(v.dtype) @ v
+            return block.proj(y.transpose(1, 2).reshape(B, T, C))
+        block.attn = attn
+    return model
+
+
+# What is measured. Each section prints its lines.
+
+
+def exits(cfg, device, say):
+    t = in_turn(device, cfg.rounds, fused=stepper(make(cfg, device), cfg, device),
+                recomputed=stepper(make(cfg, device), cfg, device, recomputed_loss),
+                live=stepper(make(cfg, device), cfg, device, live_loss))
+    say(f'exits: fused {t["fused"]:.3f} s a step; recomputed logits take {t["recomputed"] / t["fused"]:.2f} x that, '
+        f'live logits {t["live"] / t["fused"]:.2f} x')
+
+
+def plain(cfg, device, say):
+    compiled = make(cfg, device)
+    compiled.compile_regions()
+    t = in_turn(device, cfg.rounds, plain=stepper(make_plain(cfg, device), cfg, device, plain_loss, fused=False),
+                eager=stepper(make(cfg, device), cfg, device), compiled=stepper(compiled, cfg, device))
+    flops = compiled.flops_per_token() * cfg.batch_size * cfg.block_size
+    say(f'plain: {t["plain"]:.3f} s a plain eager step; ours is {t["plain"] / t["eager"]:.2f} x as fast eager and '
+        f'{t["plain"] / t["compiled"]:.2f} x compiled ({flops / t["compiled"] / 1e12:.3f} TFLOP/s); '
+        f'compiled against eager {t["eager"] / t["compiled"]:.2f} x')
+
+
+def child(function, *args):
+    """function(*args) in a fresh process without compiler caches."""
+    os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1'
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def compile_one(cfg, loops, whole):
+    device = pick_device(cfg.device)
+    model = make(cfg, device, loops=loops)
+    if whole:
+        wrapped = torch.compile(model)
+        step = stepper(model, cfg, device, lambda _, idx, targets: wrapped(idx, targets).loss)
+    else:
+        model.compile_regions()
+        step = stepper(model, cfg, device)
+    start = time.perf_counter()
+    step()
+    sync(device)
+    first = time.perf_counter() - start
+    return first, in_turn(device, cfg.rounds, step=step)['step']
+
+
+def compile(cfg, device, say):
+    for loops in 2, 16:
+        (block, block_step), (whole, whole_step) = (child(compile_one, cfg, loops, w) for w in (False, True))
+        say(f'compile at K = {loops}: first step after {block:.1f} s by regions, {whole:.1f} s as a whole '
+            f'({whole / block:.1f} x); then {block_step:.3f} s and {whole_step:.3f} s a step '
+            f'({block_step / whole_step:.2f} x)')
+
+
+def memory_one(cfg, loops, variant):
+    device = pick_device(cfg.device)
+    model = make(cfg, device, loops=loops)
+    model.checkpoint_loops = variant == 'checkpointed'
+    loss = dict(live=live_loss, recomputed=recomputed_loss).get(variant)
+    idx, targets = data(cfg, device)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with autocast(cfg, device):
+        (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() - before
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def memory(cfg, device, say):
+    variants = 'fused', 'recomputed', 'live', 'checkpointed'
+    for loops in 1, 4, 8, 16:
+        peak = {v: child(memory_one, cfg, loops, v) / 2 ** 20 for v in variants}
+        say(f'memory at K = {loops}: {peak["fused"]:,.0f} MiB over the weights for a step; recomputed logits '
+            f'{peak["recomputed"] / peak["fused"]:.2f} x, live logits {peak["live"] / peak["fused"]:.2f} x, '
+            f'fused with --checkpoint_loops {peak["checkpointed"] / peak["fused"]:.2f} x')
+
+
+@torch.no_grad()
+def generate(cfg, device, say):
+    model = LoopedGPT(LoopedConfig(n_layer=4, n_embd=256, n_head=4, loops=8, block_size=256)).to(device).eval()
+    idx = torch.randint(256, (1, 8), device=device)
+
+    def recompute():
+        x = idx
+        for _ in range(200):
+            x = torch.cat((x, model(x).logits[:, -1:].argmax(-1)), 1)
+        return x
+    assert torch.equal(model.generate(idx, 200, temperature=0), recompute())
+    t = in_turn(device, min(3, cfg.rounds), cached=lambda: model.generate(idx, 200, temperature=0), recomputed=recompute)
+    say(f'generate: 200 tokens in {t["cached"]:.2f} s with keys and values kept, '
+        f'{t["recomputed"] / t["cached"]:.1f} x as fast as recomputing (n_layer 4, n_embd 256, loops 8, block 256)')
+
+
+SECTIONS = dict(exits=exits, plain=plain, compile=compile, memory=memory, generate=generate)
+
+
+def main():
+    parser = FlagParser(BenchConfig, __doc__)
+    parser.add_argument('sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all)')
+    cfg, given = parser.parse()
+    device = pick_device(cfg.device)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+
+    def say(line):
+        print(f'[{name}, torch {torch.__version__}] {line}', flush=True)
+    say(f'n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, block_size {cfg.block_size}, vocab_size {cfg.vocab_size}, '
+        f'loops {cfg.loops}, batch_size {cfg.batch_size}, dtype {cfg.dtype}')
+    for section in given['sections'] or SECTIONS:
+        SECTIONS[section](cfg, device, say)
+
+
+if __name__ == '__main__':
+    main()
