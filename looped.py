@@ -3,10 +3,10 @@ A looped language model, whole: one stack of transformer blocks run K times, eve
 
     h_0 = tok_emb[idx] + pos_emb          h_k = blocks(carry(h_{k-1}))          z_k = W · readout(h_k)
 
-Two methods carry the argument of "Dense Supervision Is Not Enough: The Readout Blind Spot in Looped Language
-Models" (arXiv:2606.24898): `readout` is what the loss can see of a state, `carry` is what the next loop is fed.
-Per-loop cross-entropy controls the first. If the readout hides the scale of h (RMSNorm, LayerNorm) while the
-carry keeps it (residual), nothing holds the scale, and training drives it up.
+Two methods carry the argument of "Dense Supervision Is Not Enough: The Readout Blind Spot in Looped
+Language Models" (arXiv:2606.24898): `readout` is what the loss can see of a state, `carry` is what the next
+loop is fed. Per-loop cross-entropy controls the first. If the readout hides the scale of h (RMSNorm,
+LayerNorm) while the carry keeps it (residual), nothing holds the scale, and training drives it up.
 
 Shapes: B sequences, T positions, C channels (n_embd), V tokens (vocab_size), K loops.
 """
@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6
 
-# ----------------------------------------------------------------------------------------------------------------
-# The two objects of the paper, as rows. A new row is a new choice of --readout or --recurrence, nothing else to do.
+# ------------------------------------------------------------------------------------------------------------
+# The two objects of the paper, as rows. A new row is a new choice of --readout or --recurrence by itself.
 
 
 class PowerNorm(nn.Module):
-    """h · RMS(h)^(alpha - 1): keeps the direction, lets the scale through to the power alpha. (.., C) -> (.., C)"""
+    """h · RMS(h)^(alpha - 1): the direction, and the scale to the power alpha. (.., C) -> (.., C)"""
 
     def __init__(self, alpha: float):
         super().__init__()
@@ -49,30 +49,30 @@ class Damping(nn.Module):
 
 
 READOUTS = {  # what stands between h_k and W; a pair is (the intermediate exits, the last exit)
-    'rms':       lambda cfg: nn.RMSNorm(cfg.n_embd, EPS),                         # sees direction only
-    'layernorm': lambda cfg: nn.LayerNorm(cfg.n_embd, EPS, bias=False),           # nor the mean over channels
-    'raw':       lambda cfg: nn.Identity(),                                       # sees everything
-    'final_rms': lambda cfg: (nn.Identity(), nn.RMSNorm(cfg.n_embd, EPS)),        # sees scale before the last loop
-    'alpha':     lambda cfg: PowerNorm(cfg.alpha),                                # a dial from rms (0) to raw (1)
+    'rms':       lambda cfg: nn.RMSNorm(cfg.n_embd, EPS),                     # direction only
+    'layernorm': lambda cfg: nn.LayerNorm(cfg.n_embd, EPS, bias=False),       # nor the mean over channels
+    'raw':       lambda cfg: nn.Identity(),                                   # everything
+    'final_rms': lambda cfg: (nn.Identity(), nn.RMSNorm(cfg.n_embd, EPS)),    # scale, before the last loop
+    'alpha':     lambda cfg: PowerNorm(cfg.alpha),                            # a dial from blind to raw
 }
 
 RECURRENCES = {  # what loop k + 1 is fed of h_k
-    'residual':  lambda cfg: nn.Identity(),                                       # scale is carried, and grows
-    'rms':       lambda cfg: nn.RMSNorm(cfg.n_embd, EPS),                         # scale is removed
-    'damped':    lambda cfg: Damping(),                                           # scale is contracted
+    'residual':  lambda cfg: nn.Identity(),                                   # scale is carried, and grows
+    'rms':       lambda cfg: nn.RMSNorm(cfg.n_embd, EPS),                     # scale is removed
+    'damped':    lambda cfg: Damping(),                                       # scale is contracted
 }
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def flag(default, help: str, choices=None, low=None, high=None):
-    """A dataclass field that is also a command-line flag: its default, one line of meaning and what is allowed."""
+    """A dataclass field that is also a command-line flag: default, one line of meaning, what is allowed."""
     choices = list(choices) if choices else None
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
 def validate(config):
-    """ValueError for the first field whose value is not allowed: its name, what is allowed, what was given."""
+    """ValueError for the first field whose value is not allowed: the name, what is allowed, the value."""
     for f in fields(config):
         value, rule = getattr(config, f.name), f.metadata
         if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
@@ -98,7 +98,7 @@ class LoopedConfig:
     readout: str = flag('rms', 'what the loss sees of a state', READOUTS)
     alpha: float = flag(0.5, 'for --readout=alpha: 0 is blind to scale, 1 is raw', low=0, high=1)
     recurrence: str = flag('residual', 'what the next loop is fed of a state', RECURRENCES)
-    supervision: str = flag('per_loop', 'cross-entropy at every exit, or at the last', ('per_loop', 'terminal'))
+    supervision: str = flag('per_loop', 'loss at every exit or at the last', ('per_loop', 'terminal'))
     norm_penalty: float = flag(0.0, 'weight of mean(h^2) in the loss', low=0)
 
     def __post_init__(self):
@@ -133,22 +133,23 @@ class Block(nn.Module):
 
     def attn(self, x, past):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        if past is not None:  # while generating, keys and values of earlier positions are remembered, not recomputed
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # each (B, nh, T, hs)
+        if past is not None:  # generating: keys and values of earlier positions are remembered
             if past:
                 k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
             past[:] = k, v
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=q.size(2) == k.size(2))  # else: one new position sees all
+                                           is_causal=q.size(2) == k.size(2))  # or one position that sees all
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 def exit_chunk(x, weight, targets):
     """Cross-entropy of some rows, with its gradients. x (n, C), weight (V, C), targets (n,) ->
     losses (n,), d(sum of losses)/dx (n, C), d(sum of losses)/dweight (V, C)."""
-    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                 # (n, V)
+    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                                              # (n, V)
     losses = -logp.gather(1, targets[:, None])
-    grad = logp.exp_()                                                   # softmax(z) - onehot(target) is dCE/dz
+    grad = logp.exp_()                                             # dCE/dz = softmax(z) - onehot(target)
     grad = grad.scatter_add_(1, targets[:, None], -torch.ones_like(losses)).to(x.dtype)
     return losses[:, 0], grad @ weight, grad.T @ x
 
@@ -156,13 +157,13 @@ def exit_chunk(x, weight, targets):
 class ExitCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of every exit, without keeping any logits for backward.
 
-    The gradient of cross-entropy is known as soon as the logits are, so both are taken in one pass over chunks of
-    ROWS positions: memory holds one chunk of logits, (ROWS, V), whatever K, B and T are.
+    The gradient of cross-entropy is known as soon as the logits are, so both are taken in one pass over
+    chunks of ROWS positions: memory holds one chunk of logits, (ROWS, V), whatever K, B and T are.
     """
     ROWS = 4096
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):  # x (N, C), weight (V, C), targets (N,) -> mean (), losses (N,)
+    def forward(ctx, x, weight, targets, chunk):  # (N, C), (V, C), (N,) -> mean (), losses (N,)
         losses = torch.empty(len(x), device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), ExitCrossEntropy.ROWS):
@@ -188,7 +189,7 @@ class Output(NamedTuple):
 
 
 class LoopedGPT(nn.Module):
-    """A pre-norm transformer whose one stack of blocks runs `loops` times. See LoopedConfig for the options."""
+    """A pre-norm transformer whose one stack of blocks runs `loops` times. LoopedConfig has the options."""
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__()
@@ -204,23 +205,23 @@ class LoopedGPT(nn.Module):
         self.checkpoint_loops = False  # True: keep one state a loop for backward and recompute the rest
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(('proj.weight', 'w2.weight'))  # K·n_layer visits add two updates each
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer * cfg.loops) if residual else 0.02)
+                updates = 2 * cfg.n_layer * cfg.loops if name.endswith(('proj.weight', 'w2.weight')) else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(updates))  # so that all updates together stay small
 
-    # The four methods to read: states and carry are the transition, readout is the exposure, forward is the loss.
+    # Four methods to read: states and carry are the transition, readout is the exposure, forward is the loss.
 
-    def states(self, idx: torch.Tensor, loops: int | None = None, cache: list | None = None) -> list[torch.Tensor]:
+    def states(self, idx: torch.Tensor, loops: int | None = None, cache: list | None = None) -> list:
         """The states h_1 .. h_K, each (B, T, C), just as loop k left them, differentiable.
 
-        idx (B, T) holds token ids, T at most block_size. `loops` is any depth from 1 on, by default cfg.loops.
+        idx (B, T) holds token ids, T at most block_size. `loops` is any depth from 1 on, else cfg.loops.
         `cache`, for generation, is a list of loops · n_layer empty lists, which fill with keys and values.
-        Raises ValueError where T or loops is out of range, IndexError (on the CPU) for an id outside the vocabulary.
+        ValueError: T or loops out of range. IndexError (on the CPU): an id outside the vocabulary.
         """
         loops = self.cfg.loops if loops is None else loops
         past = cache[0][0].size(2) if cache and cache[0] else 0
         T = idx.size(1)
         if not 1 <= past + T <= self.cfg.block_size:
-            raise ValueError(f'idx must have 1 to block_size = {self.cfg.block_size} positions, got {past + T}')
+            raise ValueError(f'idx must have 1 to block_size {self.cfg.block_size} positions, got {past + T}')
         if loops < 1:
             raise ValueError(f'loops must be at least 1, got {loops}')
         h = self.drop(self.tok_emb(idx) + self.pos_emb(torch.arange(past, past + T, device=idx.device)))
@@ -252,22 +253,25 @@ class LoopedGPT(nn.Module):
         """Logits of a state, (B, T, C) -> (B, T, V); `final` says whether it is the last loop's."""
         return F.linear(self.expose(h, final), self.tok_emb.weight)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loops: int | None = None) -> Output:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                loops: int | None = None) -> Output:
         """idx and targets (B, T) -> Output. Loss: mean of CE_k over the exits (per_loop) or CE_K (terminal),
         plus norm_penalty times the mean of h². Terminal supervision pays for no other exit while it trains.
 
-        With gradients, the exits go through ExitCrossEntropy. At the 44M size it is faster than keeping the logits
-        and than recomputing them in backward, at the price of one (K, B, T, C) and one (V, C) buffer; tests/bench.py
-        measures it. It can be differentiated once: for second derivatives, take cross-entropy over readout().
+        With gradients, the exits go through ExitCrossEntropy. At the 44M size it is faster than keeping the
+        logits and than recomputing them in backward, at the price of one (K, B, T, C) and one (V, C) buffer
+        (`python tests/bench.py exits memory`). It can be differentiated once: for second derivatives, take
+        cross-entropy over readout().
         """
         states = self.states(idx, loops)
-        norms = torch.stack([torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean() for h in states])
+        norms = torch.stack([torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean()
+                             for h in states])
         if targets is None:
             return Output(None, None, norms, self.readout(states[-1]))
         terminal = self.cfg.supervision == 'terminal'
         exits = states[-1:] if terminal and self.training else states
         if torch.is_grad_enabled():
-            x = torch.stack([self.expose(h, h is states[-1]) for h in exits])                       # (K, B, T, C)
+            x = torch.stack([self.expose(h, h is states[-1]) for h in exits])                   # (K, B, T, C)
             loss, losses = ExitCrossEntropy.apply(x.flatten(0, 2), self.tok_emb.weight,
                                                   targets.repeat(len(exits), 1).flatten(), self.exit_chunk)
             losses = losses.view(len(exits), -1).mean(1)
@@ -280,31 +284,30 @@ class LoopedGPT(nn.Module):
         return Output(loss, losses, norms, None)
 
     def compile_regions(self):
-        """torch.compile one block, which every layer and loop reuses, and one chunk of an exit. Compile time does
-        not grow with n_layer or loops, and another depth compiles nothing new."""
+        """torch.compile one block, which every layer and loop reuses, and one chunk of an exit: compile time
+        does not grow with n_layer or loops, and another depth at inference compiles nothing new."""
         for block in self.blocks:
             block.compile()
         self.exit_chunk = torch.compile(exit_chunk)
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of one training step (forward and backward) per token: 6 a weight of each
-        matrix a visit, 12·C·T a visit for attention, and the exits that are supervised. Recomputation not counted."""
-        c = self.cfg
-        exits = c.loops if c.supervision == 'per_loop' else 1
-        visits = c.loops * c.n_layer
-        return visits * (6 * 16 * c.n_embd ** 2 + 12 * c.n_embd * c.block_size) + exits * 6 * c.n_embd * c.vocab_size
+        """Floating-point operations of a training step, forward and backward, per token: 6 for each weight
+        of a matrix each visit, 12·C·T a visit for attention; recomputation is not counted."""
+        C, visits = self.cfg.n_embd, self.cfg.loops * self.cfg.n_layer
+        exits = self.cfg.loops if self.cfg.supervision == 'per_loop' else 1
+        return visits * (6 * 16 * C * C + 12 * C * self.cfg.block_size) + exits * 6 * C * self.cfg.vocab_size
 
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None, temperature: float = 1.0,
-               top_k: int | None = None) -> Iterator[torch.Tensor]:
-        """Continue idx (B, T) token by token: yields (B, 1) ids. temperature 0 is greedy. Call model.eval() first.
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
+               temperature: float = 1.0, top_k: int | None = None) -> Iterator[torch.Tensor]:
+        """Continue idx (B, T) token by token: yields (B, 1) ids. temperature 0 is greedy. model.eval() first.
 
-        Every (loop, block) pair keeps its keys and values, so a new token costs one position. Past block_size the
-        window slides: each remembered token gets a new position, so nothing remembered holds and each token costs
-        a whole window. Raises ValueError for a negative temperature or top_k < 1.
+        Every (loop, block) pair keeps its keys and values, so a new token costs one position. Past block_size
+        the window slides: every token moves to another position, so nothing remembered holds, and each new
+        token costs a whole window. Raises ValueError for a negative temperature or top_k < 1.
         """
         if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f'temperature must be at least 0 and top_k at least 1, got {temperature} and {top_k}')
+            raise ValueError(f'temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}')
         loops = self.cfg.loops if loops is None else loops
         cache = []
         for _ in range(max_new_tokens):
@@ -323,7 +326,7 @@ class LoopedGPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
             yield new
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None, temperature: float = 1.0,
-                 top_k: int | None = None) -> torch.Tensor:
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
+                 temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
         """idx (B, T) and its continuation by `stream`: (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, loops, temperature, top_k)], dim=1)
