@@ -258,10 +258,10 @@ class LoopedGPT(nn.Module):
         """idx and targets (B, T) -> Output. Loss: mean of CE_k over the exits (per_loop) or CE_K (terminal),
         plus norm_penalty times the mean of h². Terminal supervision pays for no other exit while it trains.
 
-        With gradients, the exits go through ExitCrossEntropy. At the 44M size it is faster than keeping the
+        In training, the exits go through ExitCrossEntropy. At the 44M size it is faster than keeping the
         logits and than recomputing them in backward, at the price of one (K, B, T, C) and one (V, C) buffer
-        (`python tests/bench.py exits memory`). It can be differentiated once: for second derivatives, take
-        cross-entropy over readout().
+        (`python tests/bench.py exits memory`). It can be differentiated once: for second derivatives, call
+        eval() first.
         """
         states = self.states(idx, loops)
         norms = torch.stack([torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean()
@@ -269,8 +269,8 @@ class LoopedGPT(nn.Module):
         if targets is None:
             return Output(None, None, norms, self.readout(states[-1]))
         terminal = self.cfg.supervision == 'terminal'
-        exits = states[-1:] if terminal and self.training else states
-        if torch.is_grad_enabled():
+        exits = states[-1:] if terminal and self.training else states  # in eval, every exit is reported
+        if self.training and torch.is_grad_enabled():
             x = torch.stack([self.expose(h, h is states[-1]) for h in exits])                   # (K, B, T, C)
             loss, losses = ExitCrossEntropy.apply(x.flatten(0, 2), self.tok_emb.weight,
                                                   targets.repeat(len(exits), 1).flatten(), self.exit_chunk)
@@ -278,7 +278,7 @@ class LoopedGPT(nn.Module):
         else:
             losses = torch.stack([F.cross_entropy(self.readout(h, h is states[-1]).flatten(0, 1).float(),
                                                   targets.flatten()) for h in exits])
-            loss = losses[-1] if terminal else losses.mean()
+            loss, losses = losses[-1] if terminal else losses.mean(), losses.detach()
         if self.cfg.norm_penalty:
             loss = loss + self.cfg.norm_penalty * torch.stack([h.square().mean() for h in states]).mean()
         return Output(loss, losses, norms, None)

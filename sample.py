@@ -46,7 +46,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
-    """Print one continuation as it is made, and below it the norm of its last state and the tokens a second."""
+    """Print one continuation as it is made, and below it the norm of its last state and tokens a second."""
     torch.manual_seed(seed)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span tokens
     start = time.perf_counter()
@@ -70,10 +70,10 @@ def main(argv=None):
         model, trained, _ = load_checkpoint(Path(given['run']) / 'ckpt.pt', device)
         encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
         idx = torch.tensor([encoding.encode(prompt, allowed_special='all')], device=device)
-        K = model.cfg.loops
-        depths = [cfg.loops or K]
+        K = cfg.loops or model.cfg.loops
+        depths = [K]
         if cfg.every_depth:
-            depths = sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K, 2 * K})
+            depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
         for depth in depths:
             for i in range(cfg.num_samples):
                 print(prompt, end='')

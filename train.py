@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.prepare import BUILTIN, UserError, prepare, read_meta
 from looped import LoopedConfig, LoopedGPT, flag
 
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}  # dense bf16
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}  # bf16
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TrainConfig(LoopedConfig):
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip', low=0)
     seed: int = flag(1, 'of weights, batches and dropout', low=0)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1')
-    dtype: str = flag('auto', 'of matrix products; auto is bfloat16 on cuda, else float32; the state is float32',
+    dtype: str = flag('auto', 'of matrix products, not of the state; auto is bfloat16 on cuda, else float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
     compile: str = flag('auto', 'torch.compile; auto is True on cuda, else False', ('auto', 'True', 'False'))
     checkpoint_loops: bool = flag(False, 'recompute inside each loop in backward: less memory, more time')
@@ -61,7 +61,7 @@ class TrainConfig(LoopedConfig):
     eval_only: bool = flag(False, 'evaluate once and stop; with --resume, the checkpoint')
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags, shared with sample.py and plot_norms.py
 
 
@@ -69,16 +69,16 @@ class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
 
     def __init__(self, config, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawTextHelpFormatter)
         self.config = config
         for f in fields(config):
-            rule = f.metadata
-            metavar = '{' + ','.join(rule['choices']) + '}' if rule['choices'] else f.type.__name__.upper()
-            switch = f.type is bool or rule['choices'] and 'True' in rule['choices']
-            self.add_argument(
-                f'--{f.name}', default=argparse.SUPPRESS, metavar=metavar, type=parse_bool if f.type is bool else f.type,
-                help=f'{rule["help"]} (default: {f.default!r})'.replace('%', '%%'),
-                **(dict(nargs='?', const=f.type('True')) if switch else {}))
+            choices = f.metadata['choices'] or ()
+            switch = dict(nargs='?', const=f.type('True')) if f.type is bool or 'True' in choices else {}
+            self.add_argument(f'--{f.name}', type=parse_bool if f.type is bool else f.type,
+                              metavar='{' + ','.join(choices) + '}' if choices else f.type.__name__.upper(),
+                              help=f'{f.metadata["help"]} (default: {f.default!r})',
+                              default=argparse.SUPPRESS, **switch)
 
     def error(self, message):
         if message.startswith('unrecognized arguments: '):
@@ -88,10 +88,11 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
 
     def parse(self, argv=None):
-        """The config and the dict of what was typed: (config, given). Exits with 2 where a value is not allowed."""
+        """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
         given = vars(self.parse_args(argv))
+        names = {f.name for f in fields(self.config)}
         try:
-            return self.config(**{f.name: given[f.name] for f in fields(self.config) if f.name in given}), given
+            return self.config(**{k: v for k, v in given.items() if k in names}), given
         except ValueError as e:
             self.error(f'--{e}')
 
@@ -110,16 +111,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device={name} does not work here ({str(e).splitlines()[0]}); try --device=auto') from e
+        why = str(e).splitlines()[0]
+        raise UserError(f'--device={name} does not work here ({why}); try --device=auto') from e
     return device
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run's folder and its checkpoint
 
 
 def run_folder(cfg: TrainConfig) -> Path:
-    """cfg.out_dir, or a name that holds the flags by which ablations differ, so that they land side by side."""
+    """cfg.out_dir, or a name made of the flags by which ablations differ, so that they land side by side."""
     if cfg.out_dir:
         return Path(cfg.out_dir)
     default = TrainConfig()
@@ -142,13 +144,13 @@ def save_checkpoint(path: Path, state: dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
-        raise UserError(f'could not save {path} ({e}); {"the old one stays" if path.exists() else "none is there"}: '
-                        f'make room and go on with --resume') from e
+        kept = 'the old one stays' if path.exists() else 'none is there'
+        raise UserError(f'could not save {path} ({e}); {kept}: make room and go on with --resume') from e
 
 
 def load_checkpoint(path: Path, device='cpu') -> tuple[LoopedGPT, TrainConfig, dict]:
-    """What save_checkpoint wrote: the model in eval mode, its flags, and the dict with iter, optimizer and scaler.
-    UserError if the file is missing, truncated or something else."""
+    """What save_checkpoint wrote: the model in eval mode, its flags, and the dict with iter, optimizer and
+    scaler. UserError if the file is missing, truncated or something else."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         cfg = TrainConfig(**state['config'])
@@ -157,7 +159,8 @@ def load_checkpoint(path: Path, device='cpu') -> tuple[LoopedGPT, TrainConfig, d
         state['optimizer'], state['scaler'], state['iter']
         return model, cfg, state
     except FileNotFoundError as e:
-        raise UserError(f'no checkpoint {path} (yet): give the folder of a run, or train it first, without --resume') from e
+        raise UserError(f'no checkpoint {path} (yet): give the folder of a run, or train it first, without '
+                        f'--resume') from e
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
         raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
                         f'delete it, or give another folder') from e
@@ -167,7 +170,7 @@ def model_config(cfg: TrainConfig) -> LoopedConfig:
     return LoopedConfig(**{f.name: getattr(cfg, f.name) for f in fields(LoopedConfig)})
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -177,11 +180,11 @@ def load_tokens(cfg: TrainConfig) -> tuple[dict, dict]:
     tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
     for split, t in tokens.items():
         if len(t) <= cfg.block_size:
-            raise UserError(f'{cfg.dataset} has {len(t)} {split} tokens, and block_size + 1 = {cfg.block_size + 1} '
-                            f'are needed: give more text or a smaller --block_size')
+            raise UserError(f'{cfg.dataset} has {len(t)} {split} tokens, and block_size + 1 = '
+                            f'{cfg.block_size + 1} are needed: give more text or a smaller --block_size')
         if t.max() >= cfg.vocab_size:
-            raise UserError(f'{folder}/{split}.bin holds token {t.max()}, outside vocab_size {cfg.vocab_size}: '
-                            f'delete the folder, and it is prepared again')
+            raise UserError(f'{folder}/{split}.bin holds token {t.max()}, outside vocab_size '
+                            f'{cfg.vocab_size}: delete the folder, and it is prepared again')
     return tokens, read_meta(folder)
 
 
@@ -210,7 +213,7 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 @torch.no_grad()
 def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast) -> dict:
-    """Cross-entropy at every exit on both splits, norms at every loop and bits per byte at the last exit (val)."""
+    """Cross-entropy at every exit of both splits; of val, norms and bits per byte at the last exit."""
     model.eval()
     mean = {}
     for split in 'train', 'val':
@@ -225,7 +228,7 @@ def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, devic
     return dict(train_losses=mean['train'][0], val_losses=mean['val'][0], norms=mean['val'][1], bpb=bpb)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(cfg: TrainConfig, it: int) -> float:
@@ -246,7 +249,7 @@ def configure_optimizer(model: LoopedGPT, cfg: TrainConfig, device) -> torch.opt
 
 
 def train(cfg: TrainConfig, given: dict):
-    """The recipe. `given` holds the flags that were typed: with --resume, they are laid over the run's own."""
+    """The recipe. `given` holds the flags that were typed; --resume lays them over the run's own."""
     # One process, or one of torchrun's
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
@@ -282,7 +285,8 @@ def train(cfg: TrainConfig, given: dict):
     # Model and optimizer
     dtype = cfg.dtype
     if dtype == 'auto':
-        dtype = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        half = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float16'
+        dtype = half if device.type == 'cuda' else 'float32'
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
     if not state:
@@ -305,8 +309,9 @@ def train(cfg: TrainConfig, given: dict):
         wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
     peak = next((flops for name, flops in PEAK_FLOPS.items()
                  if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
-    say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_layer} blocks x {cfg.loops} loops, '
-        f'readout {cfg.readout}, recurrence {cfg.recurrence}, supervision {cfg.supervision}'
+    count = sum(p.numel() for p in model.parameters())
+    say(f'{count:,} parameters, {cfg.n_layer} blocks x {cfg.loops} loops, readout {cfg.readout}, '
+        f'recurrence {cfg.recurrence}, supervision {cfg.supervision}'
         + (f', norm penalty {cfg.norm_penalty:g}' if cfg.norm_penalty else ''))
     say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
@@ -314,9 +319,10 @@ def train(cfg: TrainConfig, given: dict):
     def report(it):
         """Evaluate, print, return the log line."""
         result = evaluate(model, tokens, meta, cfg, device, autocast)
-        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: ' + ' '.join(f'{x:.3f}' for x in result['val_losses'])
-            + f'  ({result["bpb"]:.3f} bits per byte at the last)\n'
-            + f'             state norm, loops 1..{cfg.loops}: ' + ' '.join(f'{x:.1f}' for x in result['norms']))
+        losses = ' '.join(f'{x:.3f}' for x in result['val_losses'])
+        norms = ' '.join(f'{x:.1f}' for x in result['norms'])
+        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({result["bpb"]:.3f} bits per byte)\n'
+            f'             state norm, loops 1..{cfg.loops}: {norms}')
         return dict(iter=it, **result)
 
     if cfg.eval_only:
@@ -355,7 +361,7 @@ def train(cfg: TrainConfig, given: dict):
 
     def check():  # reads from the device, so only beside other reads
         if broken.item() >= 0:
-            kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'no checkpoint was saved yet'
+            kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
             raise UserError(f'the loss or its gradient is not finite at iteration {broken.item()}; {kept}. '
                             f'Try a smaller --learning_rate, or --grad_clip=1')
 
@@ -373,7 +379,7 @@ def train(cfg: TrainConfig, given: dict):
         lr = learning_rate(cfg, it)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of (seed, rank, it)
+        torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of these alone
         loss = 0.0
         micro_batches = list(zip(*(x.split(cfg.batch_size) for x in batch)))
         for i, (idx, targets) in enumerate(micro_batches):
@@ -385,7 +391,7 @@ def train(cfg: TrainConfig, given: dict):
         batch = train_batch(tokens['train'], cfg, rank, it + 1, device)  # while the GPU is still busy
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        finite = torch.isfinite(loss) & (torch.isfinite(norm) | scaler.is_enabled())  # the scaler skips such steps
+        finite = torch.isfinite(loss) & (torch.isfinite(norm) | scaler.is_enabled())  # the scaler skips those
         broken = torch.where(finite | (broken >= 0), broken, it)
         scaler.step(optimizer)
         scaler.update()
@@ -420,8 +426,8 @@ def main(argv=None):
     except (UserError, OSError) as e:
         sys.exit(f'train.py: {e}')
     except torch.OutOfMemoryError as e:
-        sys.exit(f'train.py: {str(e).splitlines()[0]} Try --checkpoint_loops, or a smaller --batch_size with more '
-                 f'--gradient_accumulation_steps')
+        sys.exit(f'train.py: {str(e).splitlines()[0]} Try --checkpoint_loops, or a smaller --batch_size '
+                 f'with more --gradient_accumulation_steps')
     except KeyboardInterrupt:  # before the loop, where there is nothing to save
         sys.exit(130)
     finally:

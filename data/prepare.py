@@ -1,10 +1,11 @@
 """
 Text to tokens: data/<dataset>_<vocab_size>/{train,val}.bin (uint16) and meta.json, and the tokenizer itself.
 
-train.py calls this for a corpus it does not find. By hand: python data/prepare.py shakespeare --vocab_size=256
+train.py calls this for a corpus it does not find. By hand: python data/prepare.py shakespeare
 """
 
 import argparse
+import codecs
 import difflib
 import functools
 import hashlib
@@ -30,7 +31,8 @@ import tiktoken_ext.openai_public
 DATA = Path(__file__).resolve().parent
 
 DOWNLOADS = {  # dataset: (urls in the order they are tried, sha256)
-    'shakespeare': (['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'],
+    'shakespeare': (['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+                     'tinyshakespeare/input.txt'],
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
     'wikitext103': (['https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/'
                      'wikitext-103-raw-v1.zip', 'https://wikitext.smerity.com/wikitext-103-raw-v1.zip'],
@@ -45,8 +47,8 @@ class UserError(Exception):
 
 @functools.cache
 def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
-    """256: bytes. 257 to 50257: the first vocab_size - 1 ranks of GPT-2's BPE, and <|endoftext|> as the last id.
-    Each merge is built from lower ranks, so the cut is a valid BPE and loses nothing. UserError for another size."""
+    """256: bytes. 257 to 50257: the first vocab_size - 1 ranks of GPT-2's BPE, and <|endoftext|> as the last
+    id. Each merge is built from lower ranks, so the cut is a BPE and loses nothing. UserError otherwise."""
     if vocab_size == 256:
         return tiktoken.Encoding('bytes', pat_str=r'(?s:.){1,16}', special_tokens={},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
@@ -56,14 +58,15 @@ def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
         gpt2 = tiktoken_ext.openai_public.gpt2()
     except OSError as e:
         raise UserError(f'vocab_size {vocab_size} needs the GPT-2 BPE, which tiktoken could not download '
-                        f'({type(e).__name__}); go online once, set TIKTOKEN_CACHE_DIR, or use --vocab_size=256') from e
+                        f'({type(e).__name__}); go online once, set TIKTOKEN_CACHE_DIR, or use '
+                        f'--vocab_size=256') from e
     ranks = {token: rank for token, rank in gpt2['mergeable_ranks'].items() if rank < vocab_size - 1}
     return tiktoken.Encoding(f'gpt2_{vocab_size}', pat_str=gpt2['pat_str'], mergeable_ranks=ranks,
                              special_tokens={'<|endoftext|>': vocab_size - 1})
 
 
 def download(dataset: str) -> Path:
-    """The dataset's file, fetched once into data/ and checked against its sha256. UserError if no address serves it."""
+    """The dataset's file, fetched once into data/ and checked against its sha256. UserError if that fails."""
     urls, sha256 = DOWNLOADS[dataset]
     path = DATA / f'{dataset}-{urls[0].rsplit("/", 1)[1]}'
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
@@ -95,33 +98,39 @@ def download(dataset: str) -> Path:
 
 
 def local_files(dataset: str) -> list[Path]:
-    """The files of a corpus that lies on this disk: the standard library, or the user's file or folder."""
-    if dataset != 'python':
-        path = Path(dataset)
-        return [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file())
-    skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
-    stdlib = Path(sysconfig.get_path('stdlib'))
-    return sorted(p for p in stdlib.rglob('*.py') if not skip & set(p.relative_to(stdlib).parts))
+    """The text files of a corpus on this disk: of the standard library, or of the user's file or folder."""
+    root, skip = Path(dataset).resolve(), set()
+    if dataset == 'python':
+        root = Path(sysconfig.get_path('stdlib'))
+        skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+    found = sorted(root.rglob('*.py' if skip else '*')) if root.is_dir() else [root]
+    return [p for p in found if p.is_file() and not skip & set(p.relative_to(root).parts) and is_text(p)]
+
+
+def is_text(path: Path) -> bool:
+    """Neither empty nor binary. UTF-16 counts as binary: save it as UTF-8."""
+    with open(path, 'rb') as f:
+        start = f.read(4096)
+    return bool(start) and b'\0' not in start
 
 
 def pieces(f: io.BufferedIOBase, length: int = 1 << 20) -> Iterator[tuple[int, str]]:
-    """(bytes read so far, text), about `length` characters at a time. Cut where a word ends and white space begins,
-    which no token of the GPT-2 BPE spans, so the pieces encode to what the whole would."""
-    text, rest = io.TextIOWrapper(f, encoding='utf-8', errors='replace', newline=''), ''
-    read = 0
-    while block := text.read(length):
-        read += len(block.encode())
-        rest += block
-        cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i].isspace() and not rest[i - 1].isspace()), 0)
-        if cut:
-            yield read, rest[:cut]
-            rest = rest[cut:]
-    yield read, rest
+    """(bytes read so far, text), about `length` bytes at a time. Cut where a word ends and white space
+    begins, which no token of the GPT-2 BPE spans, so the pieces encode to what the whole would."""
+    decoder, rest, read = codecs.getincrementaldecoder('utf-8')(errors='replace'), '', 0
+    while block := f.read(length):
+        read += len(block)
+        rest += decoder.decode(block)
+        ends = (i for i in range(len(rest) - 1, 0, -1) if rest[i].isspace() and not rest[i - 1].isspace())
+        cut = next(ends, len(rest))  # text without white space is cut anywhere
+        yield read, rest[:cut]
+        rest = rest[cut:]
+    yield read, rest + decoder.decode(b'', final=True)
 
 
 def documents(dataset: str) -> Iterator[tuple[str, str]]:
-    """(split, text) of a whole corpus, in order. Validation is every 20th file, or of fewer files the last tenth of
-    each; of wikitext103 its own."""
+    """(split, text) of a whole corpus, in order. Validation is every 20th file; of fewer files, the last
+    tenth of each; of wikitext103, its own."""
     if dataset == 'wikitext103':
         with zipfile.ZipFile(download(dataset)) as z:
             for split, name in ('train', 'train'), ('val', 'valid'):
@@ -130,21 +139,20 @@ def documents(dataset: str) -> Iterator[tuple[str, str]]:
         return
     files = [download(dataset)] if dataset in DOWNLOADS else local_files(dataset)
     for i, path in enumerate(files):
+        size = path.stat().st_size
         with open(path, 'rb') as f:
-            if b'\0' in f.read(4096):
-                continue  # not text
-            f.seek(0)
-            size = path.stat().st_size
             for read, text in pieces(f, min(1 << 20, size // 50 + 1)):
                 last = i % 20 == 19 if len(files) >= 20 else read > 0.9 * size
                 yield 'val' if last else 'train', text
 
 
 def fingerprint(dataset: str) -> str:
-    """What tells a corpus from an edited one: the archive's sha256, or that of names, sizes and times of files."""
+    """What tells a corpus from an edited one: sha256 of the archive, or of files' names, sizes and times."""
     if dataset in DOWNLOADS:
         return DOWNLOADS[dataset][1]
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(dataset)]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(dataset)]
+    if dataset == 'python':  # whose times say when it was installed
+        stats = [s[:2] for s in stats]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
@@ -164,7 +172,7 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
     if dataset not in BUILTIN:
         if not Path(dataset).exists():
             near = difflib.get_close_matches(dataset, BUILTIN, 1)
-            raise UserError(f'no dataset {dataset!r}: give {", ".join(BUILTIN)}, or a file or folder of your own text'
+            raise UserError(f'no dataset {dataset!r}: give {", ".join(BUILTIN)}, or a file or folder of text'
                             + (f'; did you mean {near[0]}?' if near else ''))
         path = Path(dataset).resolve()
         name = f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
@@ -176,6 +184,7 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
     print(f'preparing {dataset} with {vocab_size:,} tokens in {folder}')
     tokens, size = dict(train=0, val=0), dict(train=0, val=0)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=DATA))
+    temporary.chmod(0o755)
     try:
         with ThreadPoolExecutor(workers) as pool, open(temporary / 'train.bin', 'wb') as train, \
                 open(temporary / 'val.bin', 'wb') as val:
@@ -189,12 +198,12 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
                     ids.tofile(out[split])
                     tokens[split] += len(ids)
                     size[split] += len(text.encode())
-                progress(f'tokenizing {dataset}: {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
+                progress(f'tokenizing: {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
             progress(None)
         for split, count in tokens.items():
             if count < min_tokens:
-                raise UserError(f'{dataset} has {count} {split} tokens, and block_size + 1 = {min_tokens} are needed: '
-                                f'give more text or a smaller --block_size')
+                raise UserError(f'{dataset} has {count} {split} tokens, and at least {min_tokens} are needed '
+                                f'(block_size + 1): give more text, as UTF-8, or a smaller --block_size')
         (temporary / 'meta.json').write_text(json.dumps(dict(
             dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_), indent=1))
         if folder.exists() and read_meta(folder)['hash'] != hash_:
@@ -212,11 +221,14 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared corpus; where it does not read, a hash that matches nothing."""
+    """meta.json of a prepared corpus; where it or its files are not whole, a hash that matches nothing."""
     try:
-        return json.loads((folder / 'meta.json').read_text())
-    except (OSError, ValueError):
-        return dict(hash=None)
+        meta = json.loads((folder / 'meta.json').read_text())
+        if all((folder / f'{split}.bin').stat().st_size == 2 * n for split, n in meta['tokens'].items()):
+            return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return dict(hash=None)
 
 
 if __name__ == '__main__':
@@ -226,5 +238,7 @@ if __name__ == '__main__':
     args = parser.parse_args()
     try:
         prepare(args.dataset, args.vocab_size)
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f'prepare.py: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)

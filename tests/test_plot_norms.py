@@ -12,7 +12,7 @@ import train
 from conftest import TINY
 from looped import LoopedConfig, LoopedGPT
 from plot_norms import (calibrate, conditions, depth, exits, halt, leave_at, margin, radial_clamp, radial_gradient,
-                        residual_expansion, scale_sensitivity, table, token_norms)
+                        residual_expansion, scale_sensitivity, tables, token_norms)
 from train import TrainConfig
 
 B, T, C, V, K = 3, 8, 32, 61, 4
@@ -189,14 +189,14 @@ def test_seeds_are_averaged_and_conditions_are_kept_apart_by_name():
                          result(1.0, readout='alpha', alpha=0.25, recurrence='damped', norm_penalty=0.01)])
     assert {k: len(v) for k, v in groups.items()} == {
         'per-loop + rms': 2, 'terminal + raw': 1, 'per-loop + alpha 0.25 + penalty 0.01, damped recurrence': 1}
-    lines = table(groups).splitlines()
+    lines = tables(groups, ['depth']).splitlines()
     assert lines[2] == '| per-loop + rms | 2 | 15.0 ± 7.1 | 2.000 ± 0.000 | 1.500 ± 0.000 | 1.250 ± 0.000 |'
     assert lines[3] == '| terminal + raw | 1 | 5.0 | 2.000 | 1.500 | 1.250 |'
 
 
 def test_a_flag_that_varies_is_named():
     assert list(conditions([result(1.0), result(1.0, learning_rate=1e-3)])) == [
-        'per-loop + rms, learning_rate 0.006', 'per-loop + rms, learning_rate 0.001']
+        'per-loop + rms, lr 0.006', 'per-loop + rms, lr 0.001']
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_bad_runs_are_named_in_one_line_and_the_rest_is_drawn(run, runs, workpla
     assert code == 0 and '| per-loop + rms | 2 |' in out and 'raw' not in out
     left_out = {x.split()[1].rstrip(':'): x for x in err.splitlines() if 'left out' in x}
     assert 'truncated' in left_out['out/text-raw-residual-per_loop-k3'] and 'no checkpoint' in left_out['out/young']
-    assert 'moved.txt' in left_out['out/other'] and len(err.splitlines()) == 7
+    assert 'moved.txt' in left_out['out/other'] and len(err.splitlines()) == 6
 
 
 def test_no_runs_at_all_says_what_to_do(run, workplace):
