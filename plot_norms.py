@@ -3,8 +3,8 @@ See the blind spot: measure trained runs, print a table, draw one figure.
 
     python plot_norms.py out/A out/B …        (no run: every run under out/)
 
-Runs that differ in nothing but the seed are one condition: their mean is drawn, and their range as a band. All
-numbers come from log.jsonl and ckpt.pt, are measured on validation text, and stand beside the figure as JSON.
+Runs that differ in nothing but the seed are one condition: their mean is drawn, and their range as a band.
+All numbers come from log.jsonl and ckpt.pt and validation text; they go beside the figure as JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from data.prepare import UserError
 from looped import LoopedGPT, flag, validate
-from train import FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, pick_device
+from train import FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, pick_device, read_log
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -46,8 +46,8 @@ def mean_over(batches, measure) -> list:
 
 @torch.no_grad()
 def depth(model: LoopedGPT, batches) -> dict:
-    """Norm and cross-entropy at each loop, to four times the trained depth K. The exits before K are read as they
-    were trained; those from K on as the last one was."""
+    """Norm and cross-entropy at each loop, to four times the trained depth K. The exits before K are read as
+    they were trained; those from K on as the last one was."""
     def measure(idx, targets):
         rows = []
         for k, h in enumerate(model.states(idx, 4 * model.cfg.loops), 1):
@@ -78,16 +78,15 @@ def radial_gradient(model: LoopedGPT, batches) -> dict:
         for k, h in enumerate(states, 1):
             h.requires_grad_()
             grad, = torch.autograd.grad(token_ce(model.readout(h, k == len(states)), targets).sum(), h)
-            dot = (grad * h).sum(-1, dtype=torch.float64).abs()
-            shares.append((dot / (length(grad).double() * length(h))).mean())
+            shares.append(F.cosine_similarity(grad, h, dim=-1, eps=1e-20).abs().mean())
         return torch.stack(shares)
     return dict(share=mean_over(batches, measure))
 
 
 @torch.no_grad()
 def residual_expansion(model: LoopedGPT, batches) -> dict:
-    """With h_k = s_k·u_k and |u_k| = 1, over 30 loops: s_{k+1} - s_k, the turn |u_{k+1} - u_k| and turn · s_k; and
-    how long what a loop adds is, against what it was fed."""
+    """With h_k = s_k·u_k and |u_k| = 1, over 30 loops: s_{k+1} - s_k, the turn |u_{k+1} - u_k|, turn · s_k;
+    and how long what a loop adds is, against what it was fed."""
     def measure(idx, _):
         states, rows = model.states(idx, 30), []
         for before, after in zip(states, states[1:]):
@@ -101,8 +100,8 @@ def residual_expansion(model: LoopedGPT, batches) -> dict:
 
 @torch.no_grad()
 def radial_clamp(model: LoopedGPT, batches) -> dict:
-    """Cross-entropy and norm at K when, after each loop from the second on, nothing is changed (none); each token
-    is rescaled to its norm after loop 1 (frozen); the radial part of the update is taken out (tangent)."""
+    """Cross-entropy and norm at K when, after each loop from the second on, nothing is changed (none); each
+    token is rescaled to its norm after loop 1 (frozen); the update's radial part is taken out (tangent)."""
     def frozen(h, fed, first):
         return F.normalize(h, dim=-1) * length(first).unsqueeze(-1)
 
@@ -148,10 +147,10 @@ def leave_at(margins: torch.Tensor, threshold: float) -> torch.Tensor:
 def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
     """The threshold at which sequences leave earliest while perplexity stays within 1% of depth K.
 
-    margins and ce (K, N), of each sequence at each depth. Every margin is a candidate, and inf, which none
-    passes: that is depth K for all."""
+    margins and ce (K, N), of each sequence at each depth. Every margin is a candidate, -inf, which all pass
+    at depth 1, and inf, which none passes before depth K."""
     best = (len(ce), math.inf)
-    for threshold in margins.flatten().unique().tolist():
+    for threshold in [-math.inf, *margins.flatten().unique().tolist()]:
         leaves = leave_at(margins, threshold)
         if ce.gather(0, leaves[None]).mean() <= ce[-1].mean() + math.log(1.01):
             best = min(best, (leaves.float().mean().item() + 1, threshold))
@@ -159,8 +158,8 @@ def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
 
 
 def halt(model: LoopedGPT, idx: torch.Tensor, threshold: float) -> tuple[list, torch.Tensor]:
-    """Let each sequence leave at the first loop whose margin passes, and out of the batch: logits [(T, V)] and
-    number of loops (B,)."""
+    """Let each sequence leave the batch at the first loop whose margin passes: logits [(T, V)] and the number
+    of loops (B,)."""
     inside = torch.arange(len(idx), device=idx.device)
     logits, loops = [None] * len(idx), torch.zeros(len(idx))
     h = model.states(idx, 1)[0]
@@ -178,21 +177,20 @@ def halt(model: LoopedGPT, idx: torch.Tensor, threshold: float) -> tuple[list, t
 
 @torch.no_grad()
 def exits(model: LoopedGPT, batches) -> dict:
-    """Perplexity and tokens a second at every fixed depth and with confidence halting, its threshold calibrated
-    on every other batch; all results are of the others. Depth k is model(idx, loops=k)."""
+    """Perplexity and tokens a second at every fixed depth and with confidence halting, its threshold
+    calibrated on every other batch; all results are of the others. Depth k is model(idx, loops=k)."""
     def sequences(batches):
         rows = []
         for idx, targets in batches:
             logits = [model.readout(h) for h in model.states(idx)]
-            rows.append(torch.stack([torch.stack((margin(z), token_ce(z, targets).mean(-1))) for z in logits], 1))
+            both = [torch.stack((margin(z), token_ce(z, targets).mean(-1))) for z in logits]
+            rows.append(torch.stack(both, dim=1))
         return torch.cat(rows, dim=2).cpu()  # (2, K, N)
 
-    def tokens_per_second(run):
+    def tokens_per_second(run):  # which gives a tensor, read at once, so that the device is waited for
         start = time.perf_counter()
         for idx, _ in test:
-            run(idx)
-        if idx.device.type == 'cuda':
-            torch.cuda.synchronize()
+            run(idx).tolist()
         return len(test) * idx.numel() / (time.perf_counter() - start)
     calibration, test = batches[::2], batches[1::2]
     threshold = calibrate(*sequences(calibration))
@@ -200,14 +198,14 @@ def exits(model: LoopedGPT, batches) -> dict:
     leaves = leave_at(margins, threshold)
     depths = range(1, model.cfg.loops + 1)
     return dict(depth=list(depths), perplexity=ce.mean(1).exp().tolist(),
-                tokens_per_second=[tokens_per_second(lambda idx: model(idx, loops=k)) for k in depths],
+                tokens_per_second=[tokens_per_second(lambda idx: model(idx, loops=k).norms) for k in depths],
                 halting=dict(threshold=threshold, loops=(leaves + 1).float().mean().item(),
                              perplexity=ce.gather(0, leaves[None]).mean().exp().item(),
-                             tokens_per_second=tokens_per_second(lambda idx: halt(model, idx, threshold))))
+                             tokens_per_second=tokens_per_second(lambda idx: halt(model, idx, threshold)[1])))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The panels. Each drawing takes its axes and lines: [(style, results of the runs of one condition)].
+# The panels. Each drawing takes lines, [(style, results of the runs of a condition)], and its axes.
 
 COLORS = ['#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']  # Okabe and Ito's
 DASHES = ['-', '--', ':', '-.']
@@ -226,13 +224,23 @@ def band(ax, x, ys, style, trained=None):
 
 def limit(ax, curves):
     """Keep what matters in view where a curve explodes."""
-    low, high = min(map(min, curves)), max(map(max, curves))
-    ax.set_ylim(low - 0.1, min(high + 0.1, low + 2.5))
+    finite = [x for c in curves for x in c if math.isfinite(x)]
+    ax.set_ylim(min(finite) - 0.1, min(max(finite) + 0.1, min(finite) + 2.5))
+
+
+def name_rows(ax, lines):
+    """The condition, in its colour, beside each row."""
+    ax.set_yticks(range(len(lines)), [style['label'].replace(', ', ',\n') for style, _ in lines], fontsize=9)
+    for text, (style, _) in zip(ax.get_yticklabels(), lines):
+        text.set_color(style['color'])
+    ax.invert_yaxis()
 
 
 def draw_training(lines, ax):
     for style, runs in lines:
-        band(ax, runs[0]['training']['iter'], [r['training']['norm'] for r in runs], style)
+        logs = [dict(zip(r['training']['iter'], r['training']['norm'])) for r in runs]
+        common = sorted(set.intersection(*map(set, logs)))
+        band(ax, common, [[log[it] for it in common] for log in logs], style)
     ax.set(title='Training lets a hidden scale walk away', xlabel='iteration', yscale='log',
            ylabel='norm of the last state')
 
@@ -243,7 +251,7 @@ def draw_depth(lines, ax_norm, ax_ce):
             ys = [r['depth'][key] for r in runs]
             band(ax, range(1, len(ys[0]) + 1), ys, style, trained=len(ys[0]) // 4)
         ax.axvline(len(ys[0]) // 4, color='grey', linewidth=1, linestyle=':')
-        ax.annotate(' extrapolation', (len(ys[0]) // 4, 0.02), xycoords=('data', 'axes fraction'), color='grey')
+        ax.annotate(' beyond K', (len(ys[0]) // 4, 0.02), xycoords=('data', 'axes fraction'), color='grey')
         ax.set_xlabel('loop k')
     ax_norm.set(title='Each loop adds to the state', ylabel='norm of the state', yscale='log')
     ax_ce.set(title='Every loop is an exit', ylabel='cross-entropy (nats)')
@@ -279,15 +287,16 @@ def draw_residual_expansion(lines, ax_increment, ax_turn):
 
 def draw_radial_clamp(lines, ax):
     for i, (style, runs) in enumerate(lines):
-        for shift, clamp, look in (-0.2, 'frozen', dict(alpha=0.9)), (0.2, 'tangent', dict(alpha=0.5, hatch='///')):
+        plain, hatched = dict(alpha=0.9), dict(alpha=0.5, hatch='///')
+        for shift, clamp, look in (-0.2, 'frozen', plain), (0.2, 'tangent', hatched):
             costs = [r['radial_clamp'][clamp]['ce'] - r['radial_clamp']['none']['ce'] for r in runs]
             mean = sum(costs) / len(costs)
-            ax.barh(i + shift, mean, 0.38, color=style['color'], xerr=[[mean - min(costs)], [max(costs) - mean]],
-                    **look)
-    ax.invert_yaxis()
+            spread = [[mean - min(costs)], [max(costs) - mean]]
+            ax.barh(i + shift, mean, 0.38, color=style['color'], xerr=spread, **look)
     ax.set_xscale('symlog', linthresh=0.01)
     ax.axvline(0, color='black', linewidth=1)
-    ax.set(title='What the radial part of a loop was doing', yticks=[],
+    name_rows(ax, lines)
+    ax.set(title='What the radial part of a loop was doing',
            xlabel='CE lost: scale frozen (plain), radial update out (hatched)')
 
 
@@ -297,8 +306,8 @@ def draw_token_norms(lines, ax):
         ax.plot([mean['median'], mean['max']], [i, i], color=style['color'], linewidth=2)
         for key, marker in ('median', 'o'), ('p99', '|'), ('max', '>'):
             ax.plot(mean[key], i, marker=marker, markersize=9, color=style['color'])
-    ax.invert_yaxis()
-    ax.set(title='All tokens have moved, not a few', yticks=[], xscale='log',
+    name_rows(ax, lines)
+    ax.set(title='All tokens have moved, not a few', xscale='log',
            xlabel='norm of the last state: median (o), 99% (|), max (>)')
 
 
@@ -332,8 +341,8 @@ def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
     """One figure of the chosen panels; groups as from `conditions`."""
     count = sum(PANELS[p][2] for p in panels)
     columns = min(3, count)
-    styles = [dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i // len(COLORS) % len(DASHES)], linewidth=2.2)
-              for i in range(len(groups))]
+    styles = [dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i // len(COLORS) % len(DASHES)],
+                   linewidth=2.2, label=name) for i, name in enumerate(groups)]
     look = {'font.size': 12, 'axes.titlesize': 13, 'axes.spines.top': False, 'axes.spines.right': False}
     with plt.rc_context(look):
         fig, grid = plt.subplots(math.ceil(count / columns), columns, squeeze=False,
@@ -346,11 +355,12 @@ def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
         for ax in free:
             ax.set_axis_off()
         fig.tight_layout(h_pad=2)
-        handles = [plt.Line2D([], [], label=name, **style) for name, style in zip(groups, styles)]
+        handles = [plt.Line2D([], [], **style) for style in styles]
         if free:
             free[0].legend(handles=handles, loc='upper left', frameon=False)
         else:
-            fig.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0), frameon=False, ncols=columns)
+            fig.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0), frameon=False,
+                       ncols=columns)
         fig.savefig(out, dpi=110, bbox_inches='tight')
         plt.close(fig)
 
@@ -368,6 +378,8 @@ class PlotConfig:
 
     def __post_init__(self):
         validate(self)
+        if Path(self.out).suffix not in ('.png', '.pdf', '.svg'):
+            raise ValueError(f'out must end in .png, .pdf or .svg, got {self.out!r}')
         for panel in self.panels.split(','):
             if panel not in PANELS:
                 raise ValueError(f'panels must be of {", ".join(PANELS)}, got {panel!r}')
@@ -375,29 +387,31 @@ class PlotConfig:
 
 def measure_run(path: Path, cfg: PlotConfig, device) -> tuple[TrainConfig, dict]:
     """The flags of a run and all that --panels asks for. UserError if it cannot be measured."""
-    model, run, _ = load_checkpoint(path / 'ckpt.pt', device)
+    model, run, _ = load_checkpoint(path / 'ckpt.pt')
+    model.to(device)
     tokens, _ = load_tokens(run)
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
     try:
-        steps = [x for x in map(json.loads, (path / 'log.jsonl').read_text().splitlines()) if 'loss' in x]
+        steps = [x for x in read_log(path / 'log.jsonl') if 'loss' in x]
         training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+    except (OSError, LookupError, TypeError) as e:
         raise UserError(f'{path}/log.jsonl does not read ({type(e).__name__})') from e
     measures = {p: PANELS[p][0] for p in cfg.panels.split(',') if PANELS[p][0]}
-    return run, dict(config=asdict(run), training=training, **{p: f(model, batches) for p, f in measures.items()})
+    measured = {p: measure(model, batches) for p, measure in measures.items()}
+    return run, dict(config=asdict(run), training=training, **measured)
 
 
 def conditions(runs: list[tuple[TrainConfig, dict]]) -> dict[str, list[dict]]:
     """Results by condition: runs with the same flags, whatever the seed, under the paper's words for them."""
-    apart = ('seed', 'out_dir', 'resume', 'overwrite', 'eval_only', 'device', 'compile', 'eval_interval', 'eval_iters',
-             'log_interval')
+    apart = ('seed', 'out_dir', 'resume', 'overwrite', 'eval_only', 'device', 'compile', 'checkpoint_loops',
+             'eval_interval', 'eval_iters', 'log_interval')
     named = ('readout', 'alpha', 'recurrence', 'supervision', 'norm_penalty')
     flags = [{k: v for k, v in asdict(run).items() if k not in apart} for run, _ in runs]
     vary = [k for k in flags[0] if k not in named and len({f[k] for f in flags}) > 1]
     groups = {}
     for f, (_, result) in zip(flags, runs):
-        readout = dict(alpha=f'alpha {f["alpha"]:g}', final_rms='final-only rms').get(f['readout'], f['readout'])
-        name = f'{f["supervision"].replace("_", "-")} + {readout}'
+        words = dict(alpha=f'alpha {f["alpha"]:g}', final_rms='final-only rms')
+        name = f'{f["supervision"].replace("_", "-")} + {words.get(f["readout"], f["readout"])}'
         name += f' + penalty {f["norm_penalty"]:g}' if f['norm_penalty'] else ''
         name += f', {f["recurrence"]} recurrence' if f['recurrence'] != 'residual' else ''
         name += ''.join(f', {dict(learning_rate="lr").get(k, k)} {f[k]}' for k in vary)
@@ -414,8 +428,8 @@ def cell(values: list[float], digits: int) -> str:
 def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
     """Markdown, a row a condition: norm and cross-entropy at the exits, and what the exits are worth."""
     rows = ['| condition | seeds | norm at K | CE at exit 1 | at K/2 | at K |', '|---' * 6 + '|']
-    worth = ['| condition | perplexity at depth 1 | at K/2 | at K | best depth | halting: loops | perplexity | speed |',
-             '|---' * 8 + '|']
+    worth = ['| condition | perplexity at depth 1 | at K/2 | at K | best depth | halting: loops | perplexity '
+             '| speed |', '|---' * 8 + '|']
     for name, runs in groups.items():
         K = runs[0]['config']['loops']
         at = (1, max(1, K // 2), K)
@@ -427,11 +441,12 @@ def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
             e = [r['exits'] for r in runs]
             best = sorted({x['perplexity'].index(min(x['perplexity'])) + 1 for x in e})
             cells = [*(cell([x['perplexity'][k - 1] for x in e], 2) for k in at), ', '.join(map(str, best)),
-                     cell([x['halting']['loops'] for x in e], 2), cell([x['halting']['perplexity'] for x in e], 2),
+                     cell([x['halting']['loops'] for x in e], 2),
+                     cell([x['halting']['perplexity'] for x in e], 2),
                      cell([x['halting']['tokens_per_second'] / x['tokens_per_second'][-1] for x in e], 2)]
             worth.append(f'| {name} | {" | ".join(cells)} |')
-    return '\n'.join((rows if 'depth' in panels else []) + [''] * ('exits' in panels)
-                     + (worth + ['speed: tokens a second with halting, against depth K'] if 'exits' in panels else []))
+    parts = rows * ('depth' in panels) + [''] + worth * ('exits' in panels)
+    return '\n'.join(parts).strip()
 
 
 def main(argv=None):
@@ -460,7 +475,7 @@ def main(argv=None):
         numbers.write_text(json.dumps({path: result for path, (_, result) in runs.items()}, indent=1))
         draw(groups, panels, out)
         print(f'{out} and {numbers}', file=sys.stderr)
-    except (UserError, OSError, ValueError) as e:  # ValueError: matplotlib, for a format it does not know
+    except (UserError, OSError) as e:
         sys.exit(f'plot_norms.py: {e}')
     except KeyboardInterrupt:
         sys.exit(130)

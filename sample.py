@@ -67,7 +67,8 @@ def main(argv=None):
     sys.stdout.reconfigure(errors='replace')  # a terminal that is not UTF-8
     try:
         device = pick_device(cfg.device)
-        model, trained, _ = load_checkpoint(Path(given['run']) / 'ckpt.pt', device)
+        model, trained, _ = load_checkpoint(Path(given['run']) / 'ckpt.pt')
+        model.to(device)
         encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
         idx = torch.tensor([encoding.encode(prompt, allowed_special='all')], device=device)
         K = cfg.loops or model.cfg.loops

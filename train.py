@@ -9,6 +9,7 @@ A run is a folder: log.jsonl (the flags, then a line a logged step or evaluation
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +46,10 @@ class TrainConfig(LoopedConfig):
     min_lr: float = flag(0.0, 'where --lr_schedule=cosine ends', low=0)
     warmup_iters: int = flag(50, 'iterations of linear warm-up', low=0)
     weight_decay: float = flag(0.01, 'decoupled, on matrices only', low=0)
-    beta1: float = flag(0.9, 'AdamW', low=0, high=1)
-    beta2: float = flag(0.95, 'AdamW', low=0, high=1)
+    beta1: float = flag(0.9, 'AdamW', low=0, high=0.99999)
+    beta2: float = flag(0.95, 'AdamW', low=0, high=0.99999)
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip', low=0)
-    seed: int = flag(1, 'of weights, batches and dropout', low=0)
+    seed: int = flag(1, 'of weights, batches and dropout', low=0, high=2 ** 32)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1')
     dtype: str = flag('auto', 'of matrix products, not of the state; auto is bfloat16 on cuda, else float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
@@ -89,6 +91,11 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse(self, argv=None):
         """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        for i, word in enumerate(argv):  # a switch takes the next word only if that is a value for it
+            action = self._option_string_actions.get(word)
+            if action and action.const and not (argv[i + 1:] and argv[i + 1].lower() in SWITCH):
+                argv[i] = f'{word}=True'
         given = vars(self.parse_args(argv))
         names = {f.name for f in fields(self.config)}
         try:
@@ -97,8 +104,11 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f'--{e}')
 
 
+SWITCH = ('true', 'false', '1', '0', 'auto')
+
+
 def parse_bool(text: str) -> bool:
-    if text.lower() not in ('true', 'false', '1', '0'):
+    if text.lower() not in SWITCH[:4]:
         raise argparse.ArgumentTypeError(f'must be True or False, got {text!r}')
     return text.lower() in ('true', '1')
 
@@ -113,7 +123,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0]
         raise UserError(f'--device={name} does not work here ({why}); try --device=auto') from e
-    return device
+    return torch.device('cuda', torch.cuda.current_device()) if name == 'cuda' else device
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,22 +158,34 @@ def save_checkpoint(path: Path, state: dict):
         raise UserError(f'could not save {path} ({e}); {kept}: make room and go on with --resume') from e
 
 
-def load_checkpoint(path: Path, device='cpu') -> tuple[LoopedGPT, TrainConfig, dict]:
-    """What save_checkpoint wrote: the model in eval mode, its flags, and the dict with iter, optimizer and
-    scaler. UserError if the file is missing, truncated or something else."""
+def load_checkpoint(path: Path) -> tuple[LoopedGPT, TrainConfig, dict]:
+    """What a run saved: the model (on the CPU, in eval mode), its flags, and the dict with iter, optimizer,
+    scaler and corpus. UserError if the file is missing, truncated or something else."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
         cfg = TrainConfig(**state['config'])
-        model = LoopedGPT(model_config(cfg)).to(device).eval()
+        model = LoopedGPT(model_config(cfg)).eval()
         model.load_state_dict(state['model'])
-        state['optimizer'], state['scaler'], state['iter']
+        state['optimizer']['state'], state['scaler'], state['iter']
         return model, cfg, state
     except FileNotFoundError as e:
         raise UserError(f'no checkpoint {path} (yet): give the folder of a run, or train it first, without '
                         f'--resume') from e
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+            pickle.UnpicklingError) as e:
         raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
                         f'delete it, or give another folder') from e
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl, up to one that was cut off."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def model_config(cfg: TrainConfig) -> LoopedConfig:
@@ -179,9 +201,6 @@ def load_tokens(cfg: TrainConfig) -> tuple[dict, dict]:
     folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
     tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
     for split, t in tokens.items():
-        if len(t) <= cfg.block_size:
-            raise UserError(f'{cfg.dataset} has {len(t)} {split} tokens, and block_size + 1 = '
-                            f'{cfg.block_size + 1} are needed: give more text or a smaller --block_size')
         if t.max() >= cfg.vocab_size:
             raise UserError(f'{folder}/{split}.bin holds token {t.max()}, outside vocab_size '
                             f'{cfg.vocab_size}: delete the folder, and it is prepared again')
@@ -205,7 +224,7 @@ def train_batch(tokens, cfg: TrainConfig, rank: int, it: int, device) -> tuple[t
 
 
 def eval_batches(tokens, cfg: TrainConfig, count: int, device):
-    """The same evenly spaced windows for every run of this block_size: `count` batches of (idx, targets)."""
+    """`count` batches of (idx, targets): evenly spaced windows, the same whatever the seed."""
     starts = np.linspace(0, len(tokens) - cfg.block_size - 1, count * cfg.batch_size).astype(np.int64)
     for batch in starts.reshape(count, -1):
         yield windows(tokens, batch, cfg.block_size, device)
@@ -254,12 +273,6 @@ def train(cfg: TrainConfig, given: dict):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
     say = print if master else lambda *_: None
-    spread = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
-    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if spread else cfg.device)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
 
     # The folder, and what is in it
     out_dir, state = run_folder(cfg), None
@@ -267,7 +280,7 @@ def train(cfg: TrainConfig, given: dict):
     if cfg.resume and cfg.overwrite:
         raise UserError('--resume continues a run and --overwrite replaces it: give one of them')
     if cfg.resume:
-        model, saved, state = load_checkpoint(ckpt_path, device)
+        model, saved, state = load_checkpoint(ckpt_path)
         for f in fields(LoopedConfig):
             if f.name in given and given[f.name] != getattr(saved, f.name):
                 raise UserError(f'--{f.name}={given[f.name]} contradicts {ckpt_path}, which was trained with '
@@ -276,39 +289,51 @@ def train(cfg: TrainConfig, given: dict):
     elif master and not cfg.overwrite and not cfg.eval_only and (log_path.exists() or ckpt_path.exists()):
         raise UserError(f'{out_dir} holds a run: continue it with --resume, replace it with --overwrite, '
                         f'or give another --out_dir')
-    if world > 1 and not master:
-        dist.barrier()  # rank 0 prepares the corpus
+
+    # The device of this process, and the corpus
+    own_gpu = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
+    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if own_gpu else cfg.device)
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:  # a large corpus may take rank 0 an hour to fetch and prepare
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
+        if not master:
+            dist.barrier()
     tokens, meta = load_tokens(cfg)
     if world > 1 and master:
         dist.barrier()
+    if state and state['corpus'] != meta['hash']:
+        raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
     dtype = cfg.dtype
     if dtype == 'auto':
-        half = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float16'
-        dtype = half if device.type == 'cuda' else 'float32'
+        half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        dtype = half if cuda else 'float32'
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
     if not state:
         torch.manual_seed(cfg.seed)
-        model = LoopedGPT(model_config(cfg)).to(device)
-    model.train()
+        model = LoopedGPT(model_config(cfg))
+    model.to(device).train()
     optimizer = configure_optimizer(model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     start = 0
     if state:
-        optimizer.load_state_dict(state['optimizer'])
-        scaler.load_state_dict(state['scaler'])
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
+        if state['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(state['scaler'])
         start, state = state['iter'], None
     model.checkpoint_loops = cfg.checkpoint_loops
-    compiled = cfg.compile == 'True' or cfg.compile == 'auto' and device.type == 'cuda'
+    compiled = cfg.compile == 'True' or cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
     if compiled:
         model.compile_regions()
     wrapped = model
     if world > 1:  # with one loop, the recurrence has parameters that nothing uses
         wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
     peak = next((flops for name, flops in PEAK_FLOPS.items()
-                 if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
+                 if cuda and dtype != 'float32' and name in torch.cuda.get_device_name(device)), None)
     count = sum(p.numel() for p in model.parameters())
     say(f'{count:,} parameters, {cfg.n_layer} blocks x {cfg.loops} loops, readout {cfg.readout}, '
         f'recurrence {cfg.recurrence}, supervision {cfg.supervision}'
@@ -319,6 +344,8 @@ def train(cfg: TrainConfig, given: dict):
     def report(it):
         """Evaluate, print, return the log line."""
         result = evaluate(model, tokens, meta, cfg, device, autocast)
+        if not all(map(math.isfinite, result['val_losses'] + result['norms'])):
+            diverged(it)
         losses = ' '.join(f'{x:.3f}' for x in result['val_losses'])
         norms = ' '.join(f'{x:.1f}' for x in result['norms'])
         say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({result["bpb"]:.3f} bits per byte)\n'
@@ -326,23 +353,35 @@ def train(cfg: TrainConfig, given: dict):
         return dict(iter=it, **result)
 
     if cfg.eval_only:
-        return report(start) if master else None
+        if master:
+            report(start)
+        return
 
     log = None
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         lines = [asdict(cfg)]
         if cfg.resume:  # what was logged after the checkpoint happens again
-            old = [json.loads(line) for line in log_path.read_text().splitlines()]
-            lines = old[:1] + [x for x in old[1:] if x['iter'] < start or x['iter'] == start and 'loss' in x]
+            old = [x for x in read_log(log_path)[1:] if 'iter' in x]
+            lines += [x for x in old if x['iter'] < start or x['iter'] == start and 'loss' in x]
         else:
             ckpt_path.unlink(missing_ok=True)
-        log = open(log_path, 'w', buffering=1)  # a line at a time
-        log.writelines(json.dumps(line) + '\n' for line in lines)
+        temporary = log_path.with_suffix('.tmp')
+        temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        os.replace(temporary, log_path)
+        log = open(log_path, 'a', buffering=1)  # a line at a time
 
     def save(it):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            diverged(it)
         save_checkpoint(ckpt_path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg)))
+                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg),
+                                        corpus=meta['hash']))
+
+    def diverged(it):
+        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
+        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {it}; {kept}. '
+                        f'Try a smaller --learning_rate, or --grad_clip=1')
 
     # Ctrl-C and SIGTERM ask for a stop after the running step; a second one does not wait
     asked = torch.zeros(1, dtype=torch.int64)
@@ -351,6 +390,8 @@ def train(cfg: TrainConfig, given: dict):
         if asked.item():
             os._exit(128 + signum)
         asked.fill_(signum)
+        if master:
+            os.write(1, b'stopping after this step (once more: at once, without saving)\n')
     for s in signal.SIGINT, signal.SIGTERM:
         signal.signal(s, ask)
 
@@ -359,11 +400,9 @@ def train(cfg: TrainConfig, given: dict):
     broken = torch.full((), -1, device=device)  # first iteration with a loss or gradient that is not finite
     batch = train_batch(tokens['train'], cfg, rank, it, device)
 
-    def check():  # reads from the device, so only beside other reads
-        if broken.item() >= 0:
-            kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
-            raise UserError(f'the loss or its gradient is not finite at iteration {broken.item()}; {kept}. '
-                            f'Try a smaller --learning_rate, or --grad_clip=1')
+    def check():  # waits for the device, so only where something else does
+        if broken.item() >= 0 or scaler.get_scale() < 2 ** -10:  # float16 that skips every step
+            diverged(it if broken.item() < 0 else broken.item())
 
     while True:
         if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters):
@@ -404,19 +443,20 @@ def train(cfg: TrainConfig, given: dict):
             seconds = (time.perf_counter() - clock) / (it - logged)
             clock, logged = time.perf_counter(), it
             rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * world / seconds
-            left = time.strftime('%H:%M:%S', time.gmtime(seconds * (cfg.max_iters - it)))
+            left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
             mfu = f'  mfu {rate / world * model.flops_per_token() / peak:.1%}' if peak else ''
             say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
                 f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
             log.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
+        stop = asked.clone()
         if world > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)  # on the CPU: all ranks stop after the same step
-        if asked.item():
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop after the same step
+        if stop.item():
             if master:
                 check()
                 save(it)
             say(f'stopped at iteration {it}; --resume continues from {ckpt_path}')
-            sys.exit(128 + asked.item())
+            sys.exit(128 + stop.item())
 
 
 def main(argv=None):
@@ -425,9 +465,9 @@ def main(argv=None):
         train(cfg, given)
     except (UserError, OSError) as e:
         sys.exit(f'train.py: {e}')
-    except torch.OutOfMemoryError as e:
-        sys.exit(f'train.py: {str(e).splitlines()[0]} Try --checkpoint_loops, or a smaller --batch_size '
-                 f'with more --gradient_accumulation_steps')
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        sys.exit(f'train.py: out of memory ({str(e).splitlines()[0]}): try --checkpoint_loops, or a smaller '
+                 f'--batch_size with more --gradient_accumulation_steps')
     except KeyboardInterrupt:  # before the loop, where there is nothing to save
         sys.exit(130)
     finally:

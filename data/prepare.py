@@ -122,9 +122,10 @@ def pieces(f: io.BufferedIOBase, length: int = 1 << 20) -> Iterator[tuple[int, s
         read += len(block)
         rest += decoder.decode(block)
         ends = (i for i in range(len(rest) - 1, 0, -1) if rest[i].isspace() and not rest[i - 1].isspace())
-        cut = next(ends, len(rest))  # text without white space is cut anywhere
-        yield read, rest[:cut]
-        rest = rest[cut:]
+        cut = next(ends, len(rest) if len(rest) > 4096 else 0)  # text without white space is cut anywhere
+        if cut:
+            yield read, rest[:cut]
+            rest = rest[cut:]
     yield read, rest + decoder.decode(b'', final=True)
 
 

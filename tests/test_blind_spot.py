@@ -136,4 +136,6 @@ def test_the_state_of_a_bfloat16_run_stays_in_float32():
         after = block(h)
     assert after.dtype == torch.float32
     assert (after - h).norm(dim=-1).mean().item() == pytest.approx(5, rel=0.01)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert {h.dtype for h in make().states(batch()[0])} == {torch.float32}
     assert (h.bfloat16() + step.bfloat16() - h.bfloat16()).float().norm(dim=-1).mean() < 1

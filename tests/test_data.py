@@ -101,6 +101,26 @@ def test_a_folder_gives_every_20th_file_to_validation_and_skips_what_is_not_text
     assert val.count('file') == 2 and train.count('file') == 38 and 'PNG' not in train + val
 
 
+def test_text_without_white_space_is_cut_anywhere_and_loses_nothing(workplace):
+    (workplace / 'dna.txt').write_text('ACGTTGCA' * 50000)
+    folder = prepare('dna.txt', 256)
+    train, val = ids_of(folder, 'train'), ids_of(folder, 'val')
+    assert len(train) + len(val) == 400000 and 20000 < len(val) < 60000
+
+
+def test_files_that_are_empty_or_binary_do_not_count_when_validation_is_chosen(workplace):
+    (workplace / 'corpus').mkdir()
+    for i in range(25):
+        (workplace / 'corpus' / f'{i:02}.txt').write_text('' if i == 19 else f'file {i:02}\n')
+    assert len(ids_of(prepare('corpus', 256), 'val')) > 0
+
+
+def test_the_last_tenth_is_counted_in_bytes_also_where_they_are_not_utf8(workplace):
+    (workplace / 'koi8.txt').write_bytes('слово за слово '.encode('koi8-r') * 5000)
+    folder = prepare('koi8.txt', 256)
+    assert 0.05 < len(ids_of(folder, 'val')) / len(ids_of(folder, 'train')) < 0.15
+
+
 def test_bytes_that_are_not_utf8_become_replacement_characters(workplace):
     (workplace / 'text.txt').write_bytes(b'caf\xe9 ' * 500)
     assert get_tokenizer(256).decode(ids_of(prepare('text.txt', 256), 'train')[:6].tolist()) == 'caf\N{REPLACEMENT CHARACTER}'

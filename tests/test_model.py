@@ -113,11 +113,8 @@ def test_the_loss_is_the_same_with_and_without_gradients():
         with torch.no_grad():
             plain = model(idx, targets)
         torch.testing.assert_close(model(idx, targets).losses, plain.losses)
-        if supervision == 'per_loop':
-            torch.testing.assert_close(model(idx, targets).loss, plain.loss)
-        else:
-            model.train()
-            torch.testing.assert_close(model(idx, targets).loss, plain.loss)
+        torch.testing.assert_close(model(idx, targets).loss, plain.loss)
+        torch.testing.assert_close(model.train()(idx, targets).loss, plain.loss)
 
 
 def test_terminal_supervision_reads_out_once_in_training_and_everywhere_in_eval():
@@ -130,12 +127,11 @@ def test_terminal_supervision_reads_out_once_in_training_and_everywhere_in_eval(
     assert exposed[1:] == [False, False, False, True]
 
 
-@pytest.mark.parametrize('V', [256, 20000])
-def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits(V):
+def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits():
     """What autograd saves from K = 2 to 6 must not grow by a (B, T, V) tensor, nor by any of half that size."""
-    saved = {}
+    saved, V = {}, 20000
     for loops in 2, 6:
-        model = make(vocab_size=V, n_layer=1, loops=loops, block_size=64)
+        model = make(vocab_size=V, n_layer=1, loops=loops, block_size=64).train()
         idx = torch.randint(V, (8, 64))
         big = {}
 
@@ -145,7 +141,7 @@ def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits(V):
             return t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(idx, idx)
-        saved[loops] = sum(big.values()) if V > 256 else 0
+        saved[loops] = sum(big.values())
     assert saved[2] == saved[6]
 
 
@@ -272,7 +268,7 @@ def test_the_same_seed_samples_the_same_text_and_top_k_1_is_greedy():
 
 
 def test_flops_count_every_matrix_once_a_visit():
-    """By torch's own counter, on a size where attention's share is exact for full attention."""
+    """By torch's own counter, which on the CPU does not see into attention: its share is added by formula."""
     from torch.utils.flop_counter import FlopCounterMode
     for supervision in 'per_loop', 'terminal':
         model = make(supervision=supervision).train()

@@ -147,7 +147,7 @@ def test_a_sequence_leaves_at_the_first_depth_that_passes_or_at_the_last():
 def test_calibration_leaves_as_early_as_one_percent_of_perplexity_allows():
     margins = torch.tensor([[5.0, 4.0, 1.0, 0.5], [9.0, 9.0, 9.0, 9.0]])
     same = torch.full((2, 4), 2.0)
-    assert leave_at(margins, calibrate(margins, same)).tolist() == [0, 0, 0, 1]  # a threshold is a margin: passed by the others
+    assert leave_at(margins, calibrate(margins, same)).tolist() == [0, 0, 0, 0]
     worse = same.clone()
     worse[0, 2:] += 0.1  # the two unsure ones would lose
     assert leave_at(margins, calibrate(margins, worse)).tolist() == [0, 0, 1, 1]
@@ -219,12 +219,21 @@ def test_a_newcomer_gets_table_figure_and_numbers_of_every_run_under_out(run, ru
     assert '[3/3]' in err
 
 
+def test_seeds_logged_at_other_intervals_are_averaged_where_both_have_a_line():
+    import matplotlib.pyplot as plt
+    ax = plt.figure().subplots()
+    runs = [dict(training=dict(iter=[1, 2, 3, 4], norm=[1.0, 2.0, 3.0, 4.0])), dict(training=dict(iter=[2, 4], norm=[4.0, 8.0]))]
+    plot_norms.draw_training([(dict(color='red'), runs)], ax)
+    assert ax.lines[0].get_xydata().tolist() == [[2, 3], [4, 6]]
+
+
 def test_panels_picks_what_is_measured_and_drawn(run, runs, workplace):
     code, out, _ = run(plot_norms.main, *runs, '--panels=depth,token_norms', '--eval_iters=4', '--out=a.png', '--device=cpu')
     assert code == 0 and (workplace / 'a.png').exists() and out.count('| condition |') == 1
     assert all(set(x) == {'config', 'training', 'depth', 'token_norms'} for x in json.loads((workplace / 'a.json').read_text()).values())
     code, _, err = run(plot_norms.main, '--panels=dept')
     assert code == 2 and 'residual_expansion' in err and "'dept'" in err and err.count('\n') == 1
+    assert run(plot_norms.main, '--out=a.xyz')[0] == 2
 
 
 def test_bad_runs_are_named_in_one_line_and_the_rest_is_drawn(run, runs, workplace):

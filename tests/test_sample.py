@@ -25,11 +25,12 @@ def test_one_line_samples_at_a_depth(trained):
         assert part in out
 
 
-def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained):
+def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained, run):
     _, out, _ = trained('--prompt=line', '--every_depth', '--temperature=1')
     assert [x.split()[1] for x in out.splitlines() if x.startswith('--- ')] == ['1', '2', '4', '8']
     texts = out.split('--- ')
     assert len(set(t.split('\n\n')[-1] for t in texts[:-1])) > 1  # depth makes a difference
+    assert run(sample.main, '--every_depth', 'r', '--device=cpu', '--max_new_tokens=1')[0] == 0  # in any order
 
 
 def test_the_same_seed_gives_the_same_text(trained):
