@@ -229,11 +229,11 @@ def limit(ax, curves):
 
 
 def name_rows(ax, lines):
-    """The condition, in its colour, beside each row."""
-    ax.set_yticks(range(len(lines)), [style['label'].replace(', ', ',\n') for style, _ in lines], fontsize=9)
-    for text, (style, _) in zip(ax.get_yticklabels(), lines):
-        text.set_color(style['color'])
-    ax.invert_yaxis()
+    """Row i holds the condition's name, in its colour, above what is drawn at i + 0.1 to i + 0.7."""
+    for i, (style, _) in enumerate(lines):
+        ax.text(0.01, i, style['label'], color=style['color'], fontsize=10, va='center',
+                transform=ax.get_yaxis_transform())
+    ax.set(yticks=[], ylim=(len(lines) - 0.1, -0.4))
 
 
 def draw_training(lines, ax):
@@ -280,19 +280,20 @@ def draw_residual_expansion(lines, ax_increment, ax_turn):
         for style, runs in lines:
             band(ax, range(1, 30), [r['residual_expansion'][key] for r in runs], style)
         ax.set_xlabel('loop k')
-    ax_increment.set_yscale('symlog', linthresh=0.1)
+    ax_increment.set_yscale('symlog', linthresh=1)
     ax_increment.set(title='A loop adds a length that settles', ylabel='growth of the norm')
-    ax_turn.set(title='so a large state hardly turns any more', ylabel='turn of the direction', yscale='log')
+    ax_turn.set(title='and its direction turns less and less', ylabel='turn of the direction', yscale='log')
+    ax_turn.set_ylim(bottom=max(1e-3, ax_turn.get_ylim()[0]))
 
 
 def draw_radial_clamp(lines, ax):
     for i, (style, runs) in enumerate(lines):
         plain, hatched = dict(alpha=0.9), dict(alpha=0.5, hatch='///')
-        for shift, clamp, look in (-0.2, 'frozen', plain), (0.2, 'tangent', hatched):
+        for shift, clamp, look in (0.29, 'frozen', plain), (0.56, 'tangent', hatched):
             costs = [r['radial_clamp'][clamp]['ce'] - r['radial_clamp']['none']['ce'] for r in runs]
             mean = sum(costs) / len(costs)
             spread = [[mean - min(costs)], [max(costs) - mean]]
-            ax.barh(i + shift, mean, 0.38, color=style['color'], xerr=spread, **look)
+            ax.barh(i + shift, mean, 0.25, color=style['color'], xerr=spread, **look)
     ax.set_xscale('symlog', linthresh=0.01)
     ax.axvline(0, color='black', linewidth=1)
     name_rows(ax, lines)
@@ -303,9 +304,9 @@ def draw_radial_clamp(lines, ax):
 def draw_token_norms(lines, ax):
     for i, (style, runs) in enumerate(lines):
         mean = {k: sum(r['token_norms'][k] for r in runs) / len(runs) for k in runs[0]['token_norms']}
-        ax.plot([mean['median'], mean['max']], [i, i], color=style['color'], linewidth=2)
+        ax.plot([mean['median'], mean['max']], [i + 0.4] * 2, color=style['color'], linewidth=2)
         for key, marker in ('median', 'o'), ('p99', '|'), ('max', '>'):
-            ax.plot(mean[key], i, marker=marker, markersize=9, color=style['color'])
+            ax.plot(mean[key], i + 0.4, marker=marker, markersize=9, color=style['color'])
     name_rows(ax, lines)
     ax.set(title='All tokens have moved, not a few', xscale='log',
            xlabel='norm of the last state: median (o), 99% (|), max (>)')

@@ -99,12 +99,12 @@ def download(dataset: str) -> Path:
 
 def local_files(dataset: str) -> list[Path]:
     """The text files of a corpus on this disk: of the standard library, or of the user's file or folder."""
-    root, skip = Path(dataset).resolve(), set()
     if dataset == 'python':
         root = Path(sysconfig.get_path('stdlib'))
         skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
-    found = sorted(root.rglob('*.py' if skip else '*')) if root.is_dir() else [root]
-    return [p for p in found if p.is_file() and not skip & set(p.relative_to(root).parts) and is_text(p)]
+        return sorted(p for p in root.rglob('*.py') if not skip & set(p.relative_to(root).parts))
+    root = Path(dataset).resolve()
+    return sorted(p for p in (root.rglob('*') if root.is_dir() else [root]) if p.is_file() and is_text(p))
 
 
 def is_text(path: Path) -> bool:

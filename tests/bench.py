@@ -9,7 +9,6 @@ import gc
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -177,31 +176,43 @@ def compile(cfg, device, say):
             f'({block_step / whole_step:.2f} x)')
 
 
+def peak_memory(device) -> int:
+    """Bytes at the highest so far: of the GPU's allocator, or of this process (Linux)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(status.split('VmHWM:')[1].split()[0])
+
+
 def memory_one(cfg, loops, variant):
     device = pick_device(cfg.device)
     model = make(cfg, device, loops=loops)
     model.checkpoint_loops = variant == 'checkpointed'
     loss = dict(live=live_loss, recomputed=recomputed_loss).get(variant)
     idx, targets = data(cfg, device)
+
+    def run(idx, targets):
+        with autocast(cfg, device):
+            (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
+    run(idx[:1, :8], targets[:1, :8])  # what torch imports and allocates once
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    with autocast(cfg, device):
-        (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated() - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    else:
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
+    before = peak_memory(device)
+    run(idx, targets)
+    return peak_memory(device) - before
 
 
 def memory(cfg, device, say):
     variants = 'fused', 'recomputed', 'live', 'checkpointed'
     for loops in 1, 4, 8, 16:
         peak = {v: child(memory_one, cfg, loops, v) / 2 ** 20 for v in variants}
-        say(f'memory at K = {loops}: {peak["fused"]:,.0f} MiB over the weights for a step; recomputed logits '
-            f'{peak["recomputed"] / peak["fused"]:.2f} x, live logits {peak["live"] / peak["fused"]:.2f} x, '
-            f'fused with --checkpoint_loops {peak["checkpointed"] / peak["fused"]:.2f} x')
+        say(f'memory at K = {loops}: forward and backward take {peak["fused"]:,.0f} MiB over the weights; with '
+            f'recomputed logits {peak["recomputed"] / peak["fused"]:.2f} x that, with live logits '
+            f'{peak["live"] / peak["fused"]:.2f} x, with --checkpoint_loops '
+            f'{peak["checkpointed"] / peak["fused"]:.2f} x')
 
 
 @torch.no_grad()
