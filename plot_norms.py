@@ -347,7 +347,7 @@ def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
     look = {'font.size': 12, 'axes.titlesize': 13, 'axes.spines.top': False, 'axes.spines.right': False}
     with plt.rc_context(look):
         fig, grid = plt.subplots(math.ceil(count / columns), columns, squeeze=False,
-                                 figsize=(5.6 * columns, 4.1 * math.ceil(count / columns)))
+                                 figsize=(max(8, 5.6 * columns), 4.1 * math.ceil(count / columns)))
         free = grid.flatten().tolist()
         for panel in panels:
             _, drawing, n = PANELS[panel]
@@ -361,7 +361,7 @@ def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
             free[0].legend(handles=handles, loc='upper left', frameon=False)
         else:
             fig.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0), frameon=False,
-                       ncols=columns)
+                       ncols=max(2, columns))
         fig.savefig(out, dpi=110, bbox_inches='tight')
         plt.close(fig)
 
@@ -429,8 +429,8 @@ def cell(values: list[float], digits: int) -> str:
 def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
     """Markdown, a row a condition: norm and cross-entropy at the exits, and what the exits are worth."""
     rows = ['| condition | seeds | norm at K | CE at exit 1 | at K/2 | at K |', '|---' * 6 + '|']
-    worth = ['| condition | perplexity at depth 1 | at K/2 | at K | best depth | halting: loops | perplexity '
-             '| speed |', '|---' * 8 + '|']
+    worth = ['| condition | perplexity at depth 1 | at K/2 | at K | best depth | its speed | halting: loops '
+             '| perplexity | speed |', '|---' * 9 + '|']  # speed: tokens a second, against depth K
     for name, runs in groups.items():
         K = runs[0]['config']['loops']
         at = (1, max(1, K // 2), K)
@@ -440,8 +440,11 @@ def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
             rows.append(f'| {name} | {len(runs)} | {" | ".join(cells)} |')
         if 'exits' in panels:
             e = [r['exits'] for r in runs]
-            best = sorted({x['perplexity'].index(min(x['perplexity'])) + 1 for x in e})
-            cells = [*(cell([x['perplexity'][k - 1] for x in e], 2) for k in at), ', '.join(map(str, best)),
+            best = [x['perplexity'].index(min(x['perplexity'])) for x in e]
+            cells = [*(cell([x['perplexity'][k - 1] for x in e], 2) for k in at),
+                     ', '.join(str(k + 1) for k in sorted(set(best))),
+                     cell([x['tokens_per_second'][k] / x['tokens_per_second'][-1]
+                           for k, x in zip(best, e)], 2),
                      cell([x['halting']['loops'] for x in e], 2),
                      cell([x['halting']['perplexity'] for x in e], 2),
                      cell([x['halting']['tokens_per_second'] / x['tokens_per_second'][-1] for x in e], 2)]

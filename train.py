@@ -303,7 +303,7 @@ def train(cfg: TrainConfig, given: dict):
     tokens, meta = load_tokens(cfg)
     if world > 1 and master:
         dist.barrier()
-    if state and state['corpus'] != meta['hash']:
+    if state and state.get('corpus') != meta['hash']:
         raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
