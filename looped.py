@@ -158,26 +158,28 @@ class ExitCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of every exit, without keeping any logits for backward.
 
     The gradient of cross-entropy is known as soon as the logits are, so both are taken in one pass over
-    chunks of ROWS positions: memory holds one chunk of logits, (ROWS, V), whatever K, B and T are.
+    chunks of positions: memory holds the logits of one exit or of ROWS positions, whichever is less.
     """
     ROWS = 4096
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):  # (N, C), (V, C), (N,) -> mean (), losses (N,)
+    def forward(ctx, x, weight, targets, chunk):  # (K, N, C), (V, C), (N,) -> mean (), losses (K·N,)
+        (K, N, _), x = x.shape, x.flatten(0, 1)
+        targets, step = targets.repeat(K), min(N, ExitCrossEntropy.ROWS)
         losses = torch.empty(len(x), device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        for i in range(0, len(x), ExitCrossEntropy.ROWS):
-            rows = slice(i, i + ExitCrossEntropy.ROWS)
+        for i in range(0, len(x), step):
+            rows = slice(i, i + step)
             losses[rows], dx[rows], dw = chunk(x[rows], weight, targets[rows])
             dweight += dw
-        ctx.save_for_backward(dx, dweight)
+        ctx.save_for_backward(dx.view(K, N, -1), dweight)
         ctx.mark_non_differentiable(losses)
         return losses.mean(), losses
 
     @staticmethod
     def backward(ctx, dmean, _):
         dx, dweight = ctx.saved_tensors
-        scale = dmean / len(dx)  # here and not in the chunks, where float16 would lose gradients of 1/N
+        scale = dmean / (dx.size(0) * dx.size(1))  # not in the chunks, where float16 would lose it
         return dx * scale, dweight * scale, None, None
 
 
@@ -272,8 +274,8 @@ class LoopedGPT(nn.Module):
         exits = states[-1:] if terminal and self.training else states  # in eval, every exit is reported
         if self.training and torch.is_grad_enabled():
             x = torch.stack([self.expose(h, h is states[-1]) for h in exits])                   # (K, B, T, C)
-            loss, losses = ExitCrossEntropy.apply(x.flatten(0, 2), self.tok_emb.weight,
-                                                  targets.repeat(len(exits), 1).flatten(), self.exit_chunk)
+            loss, losses = ExitCrossEntropy.apply(x.flatten(1, 2), self.tok_emb.weight, targets.flatten(),
+                                                  self.exit_chunk)
             losses = losses.view(len(exits), -1).mean(1)
         else:
             losses = torch.stack([F.cross_entropy(self.readout(h, h is states[-1]).flatten(0, 1).float(),
