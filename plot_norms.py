@@ -223,9 +223,10 @@ def band(ax, x, ys, style, trained=None):
 
 
 def limit(ax, curves):
-    """Keep what matters in view where a curve explodes."""
-    finite = [x for c in curves for x in c if math.isfinite(x)]
-    ax.set_ylim(min(finite) - 0.1, min(max(finite) + 0.1, min(finite) + 2.5))
+    """Keep the lowest part of every curve in view where one explodes."""
+    curves = [[x for x in c if math.isfinite(x)] or [0] for c in curves]
+    low, best = min(map(min, curves)), max(map(min, curves))
+    ax.set_ylim(low - 0.1, min(max(map(max, curves)) + 0.1, max(low + 2.5, best + 0.5)))
 
 
 def name_rows(ax, lines):
@@ -253,7 +254,7 @@ def draw_depth(lines, ax_norm, ax_ce):
         ax.axvline(len(ys[0]) // 4, color='grey', linewidth=1, linestyle=':')
         ax.annotate(' beyond K', (len(ys[0]) // 4, 0.02), xycoords=('data', 'axes fraction'), color='grey')
         ax.set_xlabel('loop k')
-    ax_norm.set(title='Each loop adds to the state', ylabel='norm of the state', yscale='log')
+    ax_norm.set(title='A scale that is carried grows with depth', ylabel='norm of the state', yscale='log')
     ax_ce.set(title='Every loop is an exit', ylabel='cross-entropy (nats)')
     limit(ax_ce, [r['depth']['ce'] for _, runs in lines for r in runs])
 
@@ -281,8 +282,8 @@ def draw_residual_expansion(lines, ax_increment, ax_turn):
             band(ax, range(1, 30), [r['residual_expansion'][key] for r in runs], style)
         ax.set_xlabel('loop k')
     ax_increment.set_yscale('symlog', linthresh=1)
-    ax_increment.set(title='A loop adds a length that settles', ylabel='growth of the norm')
-    ax_turn.set(title='and its direction turns less and less', ylabel='turn of the direction', yscale='log')
+    ax_increment.set(title='Residual loops add a length that settles', ylabel='growth of the norm')
+    ax_turn.set(title='A large state turns less and less', ylabel='turn of the direction', yscale='log')
     ax_turn.set_ylim(bottom=max(1e-3, ax_turn.get_ylim()[0]))
 
 
@@ -408,6 +409,7 @@ def conditions(runs: list[tuple[TrainConfig, dict]]) -> dict[str, list[dict]]:
              'eval_interval', 'eval_iters', 'log_interval')
     named = ('readout', 'alpha', 'recurrence', 'supervision', 'norm_penalty')
     flags = [{k: v for k, v in asdict(run).items() if k not in apart} for run, _ in runs]
+    default = asdict(TrainConfig())
     vary = [k for k in flags[0] if k not in named and len({f[k] for f in flags}) > 1]
     groups = {}
     for f, (_, result) in zip(flags, runs):
@@ -415,7 +417,7 @@ def conditions(runs: list[tuple[TrainConfig, dict]]) -> dict[str, list[dict]]:
         name = f'{f["supervision"].replace("_", "-")} + {words.get(f["readout"], f["readout"])}'
         name += f' + penalty {f["norm_penalty"]:g}' if f['norm_penalty'] else ''
         name += f', {f["recurrence"]} recurrence' if f['recurrence'] != 'residual' else ''
-        name += ''.join(f', {dict(learning_rate="lr").get(k, k)} {f[k]}' for k in vary)
+        name += ''.join(f', {dict(learning_rate="lr").get(k, k)} {f[k]}' for k in vary if f[k] != default[k])
         groups.setdefault(name, []).append(result)
     return groups
 

@@ -67,7 +67,8 @@ def main(argv=None):
     sys.stdout.reconfigure(errors='replace')  # a terminal that is not UTF-8
     try:
         device = pick_device(cfg.device)
-        model, trained, _ = load_checkpoint(Path(given['run']) / 'ckpt.pt')
+        path = Path(given['run'])
+        model, trained, _ = load_checkpoint(path if path.is_file() else path / 'ckpt.pt')
         model.to(device)
         encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
         idx = torch.tensor([encoding.encode(prompt, allowed_special='all')], device=device)

@@ -86,7 +86,7 @@ class FlagParser(argparse.ArgumentParser):
         if message.startswith('unrecognized arguments: '):
             typed = message.split(': ', 1)[1].split()[0].split('=')[0]
             near = difflib.get_close_matches(typed, self._option_string_actions, 1)
-            message = f'unknown flag {typed}' + (f'; did you mean {near[0]}?' if near else '')
+            message = f'unknown argument {typed}' + (f'; did you mean {near[0]}?' if near else '')
         self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
 
     def parse(self, argv=None):
@@ -162,15 +162,14 @@ def load_checkpoint(path: Path) -> tuple[LoopedGPT, TrainConfig, dict]:
     """What a run saved: the model (on the CPU, in eval mode), its flags, and the dict with iter, optimizer,
     scaler and corpus. UserError if the file is missing, truncated or something else."""
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = dict(torch.load(path, map_location='cpu', weights_only=True))
         cfg = TrainConfig(**state['config'])
         model = LoopedGPT(model_config(cfg)).eval()
         model.load_state_dict(state['model'])
         state['optimizer']['state'], state['scaler'], state['iter']
         return model, cfg, state
-    except FileNotFoundError as e:
-        raise UserError(f'no checkpoint {path} (yet): give the folder of a run, or train it first, without '
-                        f'--resume') from e
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f'no checkpoint {path} (yet): give the folder of a run that has been trained') from e
     except (OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
             pickle.UnpicklingError) as e:
         raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
@@ -286,7 +285,7 @@ def train(cfg: TrainConfig, given: dict):
                 raise UserError(f'--{f.name}={given[f.name]} contradicts {ckpt_path}, which was trained with '
                                 f'{getattr(saved, f.name)}: leave the flag out, or start another run')
         cfg = replace(saved, **{'overwrite': False, 'eval_only': False, **given})
-    elif master and not cfg.overwrite and not cfg.eval_only and (log_path.exists() or ckpt_path.exists()):
+    elif master and not cfg.overwrite and (log_path.exists() or ckpt_path.exists()):
         raise UserError(f'{out_dir} holds a run: continue it with --resume, replace it with --overwrite, '
                         f'or give another --out_dir')
 
@@ -325,6 +324,8 @@ def train(cfg: TrainConfig, given: dict):
         if state['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(state['scaler'])
         start, state = state['iter'], None
+        say(f'resumed at iteration {start} of {cfg.max_iters}'
+            + (', so nothing is left to do: raise --max_iters' if start >= cfg.max_iters else ''))
     model.checkpoint_loops = cfg.checkpoint_loops
     compiled = cfg.compile == 'True' or cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
     if compiled:
@@ -455,7 +456,7 @@ def train(cfg: TrainConfig, given: dict):
             if master:
                 check()
                 save(it)
-            say(f'stopped at iteration {it}; --resume continues from {ckpt_path}')
+            say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
             sys.exit(128 + stop.item())
 
 

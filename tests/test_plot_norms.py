@@ -196,7 +196,7 @@ def test_seeds_are_averaged_and_conditions_are_kept_apart_by_name():
 
 def test_a_flag_that_varies_is_named():
     assert list(conditions([result(1.0), result(1.0, learning_rate=1e-3)])) == [
-        'per-loop + rms, lr 0.006', 'per-loop + rms, lr 0.001']
+        'per-loop + rms', 'per-loop + rms, lr 0.001']
 
 
 @pytest.fixture

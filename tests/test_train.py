@@ -186,10 +186,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, workpl
         code, out, _ = run(main, *TEXT, *flags, '--out_dir=parts')
     finally:
         train.learning_rate = real
-    assert code == 130 and 'stopped at iteration 5; --resume continues' in out
+    assert code == 130 and 'stopped at iteration 5; go on with: python train.py --resume --out_dir=parts' in out
     assert torch.load(workplace / 'parts' / 'ckpt.pt', weights_only=True)['iter'] == 5
     code, out, _ = run(main, '--out_dir=parts', '--resume')
-    assert code == 0
+    assert code == 0 and 'resumed at iteration 5 of 6' in out
     assert_same_weights(weights(workplace / 'whole'), weights(workplace / 'parts'))
 
     def timeless(folder):
@@ -232,6 +232,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_silently(run, workplace):
     run(main, *TEXT)
     before = tree(workplace)
     assert_one_line(run(main, *TEXT), 'out/text-rms-residual-per_loop-k3 holds a run', '--resume', '--overwrite', '--out_dir')
+    assert_one_line(run(main, *TEXT, '--eval_only'), 'holds a run', '--resume')
     assert_one_line(run(main, *TEXT, '--resume', '--overwrite'), 'give one of them')
     assert tree(workplace) == before
     assert run(main, *TEXT, '--overwrite')[0] == 0
@@ -244,7 +245,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_silently(run, workplace):
     (['--dataset=short.txt'], ['short.txt', 'at least 17', 'block_size + 1', 'more text']),
     (['--device=cuda:77'], ['cuda:77', 'auto']), (['--device=toaster'], ['toaster', 'auto']),
     (['--vocab_size=100'], ['100', '256', '50257']), (['--vocab_size=60000'], ['60000', '50257']),
-    (['--resume'], ['no checkpoint', 'ckpt.pt', 'without --resume'])], ids=lambda x: ' '.join(x))
+    (['--resume'], ['no checkpoint', 'ckpt.pt', 'has been trained'])], ids=lambda x: ' '.join(x))
 def test_what_cannot_work_is_named(run, workplace, flags, says):
     (workplace / 'empty.txt').touch()
     (workplace / 'short.txt').write_text('too short for a window of sixteen.')
