@@ -9,6 +9,7 @@ A run is a folder: log.jsonl (the flags, then a line a logged step or evaluation
 
 import argparse
 import difflib
+import gc
 import importlib.util
 import json
 import math
@@ -266,8 +267,9 @@ def configure_optimizer(model: LoopedGPT, cfg: TrainConfig, device) -> torch.opt
                              fused=device.type in ('cpu', 'cuda'))
 
 
-def train(cfg: TrainConfig, given: dict):
-    """The recipe. `given` holds the flags that were typed; --resume lays them over the run's own."""
+def train(cfg: TrainConfig, given: dict) -> int:
+    """The recipe. `given` holds the flags that were typed; --resume lays them over the run's own.
+    Gives the exit code: 0, or 128 + the signal that stopped the run."""
     # One process, or one of torchrun's
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
@@ -356,7 +358,7 @@ def train(cfg: TrainConfig, given: dict):
     if cfg.eval_only:
         if master:
             report(start)
-        return
+        return 0
 
     log = None
     if master:
@@ -397,7 +399,7 @@ def train(cfg: TrainConfig, given: dict):
         signal.signal(s, ask)
 
     # The loop
-    it, clock, logged = start, time.perf_counter(), start
+    it, clock, logged, stop = start, time.perf_counter(), start, asked
     broken = torch.full((), -1, device=device)  # first iteration with a loss or gradient that is not finite
     batch = train_batch(tokens['train'], cfg, rank, it, device)
 
@@ -457,13 +459,17 @@ def train(cfg: TrainConfig, given: dict):
                 check()
                 save(it)
             say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
-            sys.exit(128 + stop.item())
+            break
+
+    if world > 1:
+        dist.barrier()  # no rank leaves while another still talks to it
+    return 128 + stop.item() if stop.item() else 0
 
 
 def main(argv=None):
     cfg, given = FlagParser(TrainConfig, __doc__).parse(argv)
     try:
-        train(cfg, given)
+        code = train(cfg, given)
     except (UserError, OSError) as e:
         sys.exit(f'train.py: {e}')
     except (torch.OutOfMemoryError, MemoryError) as e:
@@ -473,7 +479,9 @@ def main(argv=None):
         sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
             dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == '__main__':
