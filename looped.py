@@ -262,7 +262,7 @@ class LoopedGPT(nn.Module):
         plus norm_penalty times the mean of h². Terminal supervision pays for no other exit while it trains.
 
         In training, the exits go through ExitCrossEntropy. At the 44M size, on two CPU cores, it is as fast
-        as keeping the logits and 8% faster than recomputing them in backward (python tests/bench.py exits).
+        as keeping the logits and a tenth faster than recomputing them (python tests/bench.py exits).
         Its price is one (K, B, T, C) and one (V, C) buffer. It can be differentiated once: for second
         derivatives, call eval() first.
         """
