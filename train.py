@@ -360,7 +360,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
             report(start)
         return 0
 
-    log = None
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         lines = [asdict(cfg)]

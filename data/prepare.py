@@ -178,7 +178,14 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
         path = Path(dataset).resolve()
         name = f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
     encoding, folder, hash_ = get_tokenizer(vocab_size), DATA / f'{name}_{vocab_size}', fingerprint(dataset)
-    if folder.exists() and read_meta(folder)['hash'] == hash_:
+
+    def check(tokens):
+        for split, count in tokens.items():
+            if count < min_tokens:
+                raise UserError(f'{dataset} has {count} {split} tokens, and at least {min_tokens} are needed '
+                                f'(block_size + 1): give more text, as UTF-8, or a smaller --block_size')
+    if folder.exists() and (meta := read_meta(folder))['hash'] == hash_:
+        check(meta['tokens'])
         return folder
 
     start, workers = time.time(), os.cpu_count() or 1
@@ -201,10 +208,7 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
                     size[split] += len(text.encode())
                 progress(f'tokenizing: {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
             progress(None)
-        for split, count in tokens.items():
-            if count < min_tokens:
-                raise UserError(f'{dataset} has {count} {split} tokens, and at least {min_tokens} are needed '
-                                f'(block_size + 1): give more text, as UTF-8, or a smaller --block_size')
+        check(tokens)
         (temporary / 'meta.json').write_text(json.dumps(dict(
             dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_), indent=1))
         if folder.exists() and read_meta(folder)['hash'] != hash_:

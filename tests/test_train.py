@@ -254,6 +254,13 @@ def test_what_cannot_work_is_named(run, workplace, flags, says):
     assert tree(workplace) == before and not (workplace / 'out').exists()
 
 
+def test_a_block_size_too_long_for_a_corpus_that_is_prepared_already_is_named(run, workplace):
+    run(main, *TEXT)
+    before = tree(workplace)
+    assert_one_line(run(main, *TEXT, '--block_size=500000', '--out_dir=r'), 'text.txt', 'at least 500001', 'more text')
+    assert tree(workplace) == before
+
+
 def test_resume_refuses_a_model_flag_that_contradicts_the_checkpoint(run, workplace):
     run(main, *TEXT, '--out_dir=r')
     before = tree(workplace)
