@@ -148,10 +148,11 @@ class Block(nn.Module):
 def exit_chunk(x, weight, targets):
     """Cross-entropy of some rows, with its gradients. x (n, C), weight (V, C), targets (n,) ->
     losses (n,), d(sum of losses)/dx (n, C), d(sum of losses)/dweight (V, C)."""
-    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                                              # (n, V)
+    z = x @ weight.T                                                                                 # (n, V)
+    logp = F.log_softmax(z.float(), dim=-1)
     losses = -logp.gather(1, targets[:, None])
     grad = logp.exp_()                                             # dCE/dz = softmax(z) - onehot(target)
-    grad = grad.scatter_add_(1, targets[:, None], -torch.ones_like(losses)).to(x.dtype)
+    grad = grad.scatter_add_(1, targets[:, None], -torch.ones_like(losses)).to(z.dtype)
     return losses[:, 0], grad @ weight, grad.T @ x
 
 

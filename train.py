@@ -231,13 +231,18 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 
 @torch.no_grad()
-def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast) -> dict:
-    """Cross-entropy at every exit of both splits; of val, norms and bits per byte at the last exit."""
+def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast,
+             asked: torch.Tensor) -> dict | None:
+    """Cross-entropy at every exit of both splits; of val, norms and bits per byte at the last exit. None where
+    a stop is asked for meanwhile."""
     model.eval()
     mean = {}
     for split in 'train', 'val':
         outs = []
         for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
+            if asked.item():
+                model.train()
+                return None
             with autocast:
                 out = model(idx, targets)
             outs.append(torch.stack((out.losses, out.norms)))
@@ -344,9 +349,13 @@ def train(cfg: TrainConfig, given: dict) -> int:
     say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
 
+    asked = torch.zeros(1, dtype=torch.int64)  # the signal that asks for a stop
+
     def report(it):
-        """Evaluate, print, return the log line."""
-        result = evaluate(model, tokens, meta, cfg, device, autocast)
+        """Evaluate, print, return the log line, or None where a stop is asked for."""
+        result = evaluate(model, tokens, meta, cfg, device, autocast, asked)
+        if result is None:
+            return None
         if not all(map(math.isfinite, result['val_losses'] + result['norms'])):
             diverged(it)
         losses = ' '.join(f'{x:.3f}' for x in result['val_losses'])
@@ -385,20 +394,18 @@ def train(cfg: TrainConfig, given: dict) -> int:
         raise UserError(f'the loss, its gradient or a weight is not finite at iteration {it}; {kept}. '
                         f'Try a smaller --learning_rate, or --grad_clip=1')
 
-    # Ctrl-C and SIGTERM ask for a stop after the running step; a second one does not wait
-    asked = torch.zeros(1, dtype=torch.int64)
-
+    # Ctrl-C and SIGTERM ask for a stop before the next step; a second one does not wait
     def ask(signum, _):
         if asked.item():
             os._exit(128 + signum)
         asked.fill_(signum)
         if master:
-            os.write(1, b'stopping after this step (once more: at once, without saving)\n')
+            os.write(1, b'stopping and saving (once more: at once, without saving)\n')
     for s in signal.SIGINT, signal.SIGTERM:
         signal.signal(s, ask)
 
     # The loop
-    it, clock, logged, stop = start, time.perf_counter(), start, asked
+    it, clock, logged = start, time.perf_counter(), start
     broken = torch.full((), -1, device=device)  # first iteration with a loss or gradient that is not finite
     batch = train_batch(tokens['train'], cfg, rank, it, device)
 
@@ -409,12 +416,20 @@ def train(cfg: TrainConfig, given: dict) -> int:
     while True:
         if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters):
             check()
-            line = report(it)
-            log.write(json.dumps(line) + '\n')
-            if it > start:
-                save(it)
+            if line := report(it):
+                log.write(json.dumps(line) + '\n')
+                if it > start:
+                    save(it)
             clock, logged = time.perf_counter(), it
-        if it >= cfg.max_iters:
+        stop = asked.clone()
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop before the same step
+        if stop.item():
+            if master:
+                check()
+                save(it)
+            say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
+        if stop.item() or it >= cfg.max_iters:
             break
 
         lr = learning_rate(cfg, it)
@@ -450,16 +465,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
             say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
                 f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
             log.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
-        stop = asked.clone()
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop after the same step
-        if stop.item():
-            if master:
-                check()
-                save(it)
-            say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
-            break
-
     if world > 1:
         dist.barrier()  # no rank leaves while another still talks to it
     return 128 + stop.item() if stop.item() else 0

@@ -173,23 +173,24 @@ def test_the_shortest_corpus_has_one_window():
 
 @pytest.mark.parametrize('flags', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2', '--lr_schedule=cosine']],
                          ids=' '.join)
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, workplace, flags):
+@pytest.mark.parametrize('during, call, stops_at', [
+    ('learning_rate', 5, 5), ('learning_rate', 6, 6), ('eval_batches', 1, 0), ('eval_batches', 4, 3), ('eval_batches', 6, 6)])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, workplace, monkeypatch, flags, during, call,
+                                                                     stops_at):
     run(main, *TEXT, *flags, '--out_dir=whole')
-    real = train.learning_rate
+    real, calls = getattr(train, during), []
 
-    def interrupt(cfg, it):  # Ctrl-C in the middle of iteration 4
-        if it == 4:
+    def interrupt(*args):  # Ctrl-C in the middle of a step or of an evaluation
+        calls.append(args)
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(cfg, it)
-    train.learning_rate = interrupt
-    try:
-        code, out, _ = run(main, *TEXT, *flags, '--out_dir=parts')
-    finally:
-        train.learning_rate = real
-    assert code == 130 and 'stopped at iteration 5; go on with: python train.py --resume --out_dir=parts' in out
-    assert torch.load(workplace / 'parts' / 'ckpt.pt', weights_only=True)['iter'] == 5
+        return real(*args)
+    monkeypatch.setattr(train, during, interrupt)
+    code, out, _ = run(main, *TEXT, *flags, '--out_dir=parts')
+    assert code == 130 and f'stopped at iteration {stops_at}; go on with: python train.py --resume --out_dir=parts' in out
+    assert torch.load(workplace / 'parts' / 'ckpt.pt', weights_only=True)['iter'] == stops_at
     code, out, _ = run(main, '--out_dir=parts', '--resume')
-    assert code == 0 and 'resumed at iteration 5 of 6' in out
+    assert code == 0 and f'resumed at iteration {stops_at} of 6' in out
     assert_same_weights(weights(workplace / 'whole'), weights(workplace / 'parts'))
 
     def timeless(folder):
