@@ -201,7 +201,10 @@ def memory_one(cfg, loops, variant):
     else:
         Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
     before = peak_memory(device)
-    run(idx, targets)
+    try:
+        run(idx, targets)
+    except torch.OutOfMemoryError:
+        return math.nan
     return peak_memory(device) - before
 
 
