@@ -51,9 +51,9 @@ class Damping(nn.Module):
 
 READOUTS = {  # what stands between h_k and W; a pair is (the intermediate exits, the last exit)
     'rms':       lambda cfg: nn.RMSNorm(cfg.n_embd, EPS),                     # direction only
-    'layernorm': lambda cfg: nn.LayerNorm(cfg.n_embd, EPS, bias=False),       # nor the mean over channels
+    'layernorm': lambda cfg: nn.LayerNorm(cfg.n_embd, EPS, bias=False),       # direction without its mean
     'raw':       lambda cfg: nn.Identity(),                                   # everything
-    'final_rms': lambda cfg: (nn.Identity(), nn.RMSNorm(cfg.n_embd, EPS)),    # scale, before the last loop
+    'final_rms': lambda cfg: (nn.Identity(), nn.RMSNorm(cfg.n_embd, EPS)),    # all; at K, direction
     'alpha':     lambda cfg: PowerNorm(cfg.alpha),                            # a dial from blind to raw
 }
 
@@ -68,7 +68,6 @@ RECURRENCES = {  # what loop k + 1 is fed of h_k
 
 def flag(default, help: str, choices=None, low=None, high=None):
     """A dataclass field that is also a command-line flag: default, one line of meaning, what is allowed."""
-    choices = list(choices) if choices else None
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
@@ -263,8 +262,8 @@ class LoopedGPT(nn.Module):
 
         In training, the exits go through ExitCrossEntropy. At the 44M size, on two CPU cores, it is as fast
         as keeping the logits and 6% faster than recomputing them (python tests/bench.py exits).
-        Its price is one (K, B, T, C) and one (V, C) buffer. It can be differentiated once: for second
-        derivatives, call eval() first.
+        Its price is two (K, B, T, C) buffers, one of them until backward, and one (V, C). It can be
+        differentiated once: for second derivatives, call eval() first.
         """
         states = self.states(idx, loops)
         norms = torch.stack([torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean()

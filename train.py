@@ -18,7 +18,7 @@ import pickle
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -232,15 +232,15 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 @torch.no_grad()
 def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast,
-             asked: torch.Tensor) -> dict | None:
-    """Cross-entropy at every exit of both splits; of val, norms and bits per byte at the last exit. None where
-    a stop is asked for meanwhile."""
+             asked: list) -> dict | None:
+    """Cross-entropy at every exit, of both splits; of val also the state norm at every loop, and bits per
+    byte at the last exit. None where a stop is asked for meanwhile."""
     model.eval()
     mean = {}
     for split in 'train', 'val':
         outs = []
         for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
-            if asked.item():
+            if asked[0]:
                 model.train()
                 return None
             with autocast:
@@ -278,7 +278,13 @@ def train(cfg: TrainConfig, given: dict) -> int:
     # One process, or one of torchrun's
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
-    say = print if master else lambda *_: None
+
+    def say(line):
+        if master:
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
+                sys.stdout = open(os.devnull, 'w')
 
     # The folder, and what is in it
     out_dir, state = run_folder(cfg), None
@@ -349,7 +355,12 @@ def train(cfg: TrainConfig, given: dict) -> int:
     say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
 
-    asked = torch.zeros(1, dtype=torch.int64)  # the signal that asks for a stop
+    asked = [0]  # the signal that asks for a stop; no tensor, as it may come while dynamo traces
+
+    def diverged(it):
+        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
+        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {it}; {kept}. '
+                        f'Try a smaller --learning_rate, or --grad_clip=1')
 
     def report(it):
         """Evaluate, print, return the log line, or None where a stop is asked for."""
@@ -372,9 +383,10 @@ def train(cfg: TrainConfig, given: dict) -> int:
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         lines = [asdict(cfg)]
-        if cfg.resume:  # what was logged after the checkpoint happens again
-            old = [x for x in read_log(log_path)[1:] if 'iter' in x]
-            lines += [x for x in old if x['iter'] < start or x['iter'] == start and 'loss' in x]
+        if cfg.resume:  # what was logged after the checkpoint happens again, as does an evaluation due at it
+            due = start % cfg.eval_interval == 0 or start == cfg.max_iters
+            lines += [x for x in read_log(log_path)[1:]
+                      if x['iter'] < start or x['iter'] == start and ('loss' in x or not due)]
         else:
             ckpt_path.unlink(missing_ok=True)
         temporary = log_path.with_suffix('.tmp')
@@ -389,18 +401,14 @@ def train(cfg: TrainConfig, given: dict) -> int:
                                         scaler=scaler.state_dict(), iter=it, config=asdict(cfg),
                                         corpus=meta['hash']))
 
-    def diverged(it):
-        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
-        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {it}; {kept}. '
-                        f'Try a smaller --learning_rate, or --grad_clip=1')
-
     # Ctrl-C and SIGTERM ask for a stop before the next step; a second one does not wait
     def ask(signum, _):
-        if asked.item():
+        if asked[0]:
             os._exit(128 + signum)
-        asked.fill_(signum)
+        asked[0] = signum
         if master:
-            os.write(1, b'stopping and saving (once more: at once, without saving)\n')
+            with suppress(OSError):
+                os.write(1, b'stopping and saving (once more: at once, without saving)\n')
     for s in signal.SIGINT, signal.SIGTERM:
         signal.signal(s, ask)
 
@@ -421,14 +429,15 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 if it > start:
                     save(it)
             clock, logged = time.perf_counter(), it
-        stop = asked.clone()
+        stop = torch.tensor(asked)
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop before the same step
         if stop.item():
             if master:
                 check()
                 save(it)
-            say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
+            launch = 'python' if world == 1 else 'torchrun …'
+            say(f'stopped at iteration {it}; go on with: {launch} train.py --resume --out_dir={out_dir}')
         if stop.item() or it >= cfg.max_iters:
             break
 

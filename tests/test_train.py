@@ -1,6 +1,7 @@
 """train.py through its command line: flags, runs, resuming, and every mistake in one line."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from conftest import REPO, TINY
@@ -131,6 +133,14 @@ def test_eval_only_evaluates_a_checkpoint_and_leaves_the_run_alone(run, workplac
     assert {p.name: p.read_bytes() for p in (workplace / 'r').iterdir()} == before
 
 
+def test_eval_only_names_a_checkpoint_that_gives_no_finite_loss(run, workplace):
+    run(main, *TEXT, '--out_dir=r')
+    state = torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)
+    state['model']['pos_emb.weight'].fill_(math.nan)
+    torch.save(state, workplace / 'r' / 'ckpt.pt')
+    assert_one_line(run(main, '--out_dir=r', '--resume', '--eval_only'), 'not finite at iteration 6')
+
+
 def test_the_learning_rate_warms_up_and_then_stays_or_follows_a_cosine():
     cfg = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr=0.1)
     assert [learning_rate(cfg, it) for it in (0, 4, 9, 10, 60, 109)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
@@ -210,9 +220,10 @@ def test_a_run_killed_after_its_checkpoint_logs_the_lost_iterations_once(run, wo
 
 def test_a_run_can_be_made_longer(run, workplace):
     run(main, *TEXT, '--out_dir=long', '--max_iters=9')
-    run(main, *TEXT, '--out_dir=r')
+    run(main, *TEXT, '--out_dir=r', '--max_iters=5')
     run(main, '--out_dir=r', '--resume', '--max_iters=9')
     assert_same_weights(weights(workplace / 'long'), weights(workplace / 'r'))
+    assert [x['iter'] for x in log(workplace / 'r')[1:] if 'bpb' in x] == [0, 3, 5, 6, 9]
 
 
 # Mistakes: one line, exit code 1, nothing changed on disk
@@ -374,18 +385,35 @@ train.main(sys.argv[1:])
     assert torch.load(clone.folder / 'r' / 'ckpt.pt', weights_only=True)['iter'] == 6
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum):
+@pytest.mark.parametrize('signum, reader', [(signal.SIGINT, 'stays'), (signal.SIGTERM, 'stays'), (signal.SIGINT, 'leaves')])
+def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
     process = clone('train.py', *TEXT, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=r')
     for line in process.stdout:
         if line.startswith('iter'):
             break
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum and 'stopped at iteration' in out and err == ''
+    if reader == 'leaves':  # python train.py | tee log: the same Ctrl-C ends tee
+        process.stdout.close()
+        process.send_signal(signum)
+        assert process.wait(120) == 128 + signum and process.stderr.read() == ''
+    else:
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + signum and err == ''
     iteration = torch.load(clone.folder / 'r' / 'ckpt.pt', weights_only=True)['iter']
-    assert f'stopped at iteration {iteration};' in out
+    assert reader == 'leaves' or f'stopped at iteration {iteration};' in out
     assert log(clone.folder / 'r')[-1]['iter'] == iteration
+
+
+def test_ctrl_c_while_dynamo_traces_saves_a_checkpoint(run, workplace, monkeypatch):
+    """Tensors made by the handler itself would be fake there."""
+    def interrupt(cfg, it):
+        with FakeTensorMode():
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1e-3
+    monkeypatch.setattr(train, 'learning_rate', interrupt)
+    code, out, err = run(main, *TEXT, '--out_dir=r')
+    assert code == 130 and 'stopped at iteration 1' in out and err == ''
+    assert torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)['iter'] == 1
 
 
 # Several processes
