@@ -66,7 +66,7 @@ RECURRENCES = {  # what loop k + 1 is fed of h_k
 # ------------------------------------------------------------------------------------------------------------
 
 
-def flag(default, help: str, choices=None, low=None, high=None):
+def flag(default, help: str, choices=(), low=None, high=None):
     """A dataclass field that is also a command-line flag: default, one line of meaning, what is allowed."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -75,7 +75,7 @@ def validate(config):
     """ValueError for the first field whose value is not allowed: the name, what is allowed, the value."""
     for f in fields(config):
         value, rule = getattr(config, f.name), f.metadata
-        if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+        if f.type is int and type(value) is not int:
             raise ValueError(f'{f.name} must be a whole number, got {value!r}')
         if rule['choices'] and value not in rule['choices']:
             raise ValueError(f'{f.name} must be one of {", ".join(rule["choices"])}, got {value!r}')
@@ -144,45 +144,6 @@ class Block(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def exit_chunk(x, weight, targets):
-    """Cross-entropy of some rows, with its gradients. x (n, C), weight (V, C), targets (n,) ->
-    losses (n,), d(sum of losses)/dx (n, C), d(sum of losses)/dweight (V, C)."""
-    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                                              # (n, V)
-    losses = -logp.gather(1, targets[:, None])
-    onehot = torch.arange(len(weight), device=x.device) == targets[:, None]
-    grad = logp.exp_().add_(onehot, alpha=-1).to(x.dtype)           # dCE/dz = softmax(z) - onehot(targets)
-    return losses[:, 0], grad @ weight, grad.T @ x
-
-
-class ExitCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of every exit, without keeping any logits for backward.
-
-    The gradient of cross-entropy is known as soon as the logits are, so both are taken in one pass over
-    chunks of positions: memory holds the logits of one exit or of ROWS positions, whichever is less.
-    """
-    ROWS = 4096
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, chunk):  # (K, N, C), (V, C), (N,) -> mean (), losses (K·N,)
-        (K, N, _), x = x.shape, x.flatten(0, 1)
-        targets, step = targets.repeat(K), min(N, ExitCrossEntropy.ROWS)
-        losses = torch.empty(len(x), device=x.device)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        for i in range(0, len(x), step):
-            rows = slice(i, i + step)
-            losses[rows], dx[rows], dw = chunk(x[rows], weight, targets[rows])
-            dweight += dw
-        ctx.save_for_backward(dx.view(K, N, -1), dweight)
-        ctx.mark_non_differentiable(losses)
-        return losses.mean(), losses
-
-    @staticmethod
-    def backward(ctx, dmean, _):
-        dx, dweight = ctx.saved_tensors
-        scale = dmean / (dx.size(0) * dx.size(1))  # not in the chunks, where float16 would lose it
-        return dx * scale, dweight * scale, None, None
-
-
 class Output(NamedTuple):
     loss: torch.Tensor | None      # scalar, differentiable
     losses: torch.Tensor | None    # (K,) cross-entropy at each exit, detached
@@ -220,7 +181,7 @@ class LoopedGPT(nn.Module):
         ValueError: T or loops out of range. IndexError (on the CPU): an id outside the vocabulary.
         """
         loops = self.cfg.loops if loops is None else loops
-        past = cache[0][0].size(2) if cache and cache[0] else 0
+        past = cache[0][0].size(2) if cache and cache[0] else 0  # positions that are in the cache already
         T = idx.size(1)
         if not 1 <= past + T <= self.cfg.block_size:
             raise ValueError(f'idx must have 1 to block_size {self.cfg.block_size} positions, got {past + T}')
@@ -332,3 +293,47 @@ class LoopedGPT(nn.Module):
                  temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
         """idx (B, T) and its continuation by `stream`: (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, loops, temperature, top_k)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The exits in training: what F.cross_entropy over readout would give, with less memory
+
+
+def exit_chunk(x, weight, targets):
+    """Cross-entropy of some rows, with its gradients. x (n, C), weight (V, C), targets (n,) ->
+    losses (n,), d(sum of losses)/dx (n, C), d(sum of losses)/dweight (V, C)."""
+    logp = F.log_softmax((x @ weight.T).float(), dim=-1)                                              # (n, V)
+    losses = -logp.gather(1, targets[:, None])
+    onehot = torch.arange(len(weight), device=x.device) == targets[:, None]
+    grad = logp.exp_().add_(onehot, alpha=-1).to(x.dtype)           # dCE/dz = softmax(z) - onehot(targets)
+    return losses[:, 0], grad @ weight, grad.T @ x
+
+
+class ExitCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of every exit, without keeping any logits for backward.
+
+    The gradient of cross-entropy is known as soon as the logits are, so both are taken in one pass over
+    chunks of positions: memory holds the logits of one exit or of ROWS positions, whichever is less.
+    """
+    ROWS = 4096
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):  # (K, N, C), (V, C), (N,) -> mean (), losses (K·N,)
+        K, N, _ = x.shape
+        x, targets = x.flatten(0, 1), targets.repeat(K)
+        step = min(N, ExitCrossEntropy.ROWS)
+        losses = torch.empty(len(x), device=x.device)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for i in range(0, len(x), step):
+            rows = slice(i, i + step)
+            losses[rows], dx[rows], dw = chunk(x[rows], weight, targets[rows])
+            dweight += dw
+        ctx.save_for_backward(dx.view(K, N, -1), dweight)
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    def backward(ctx, dmean, _):
+        dx, dweight = ctx.saved_tensors
+        scale = dmean / (dx.size(0) * dx.size(1))  # not in the chunks, where float16 would lose it
+        return dx * scale, dweight * scale, None, None

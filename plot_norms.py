@@ -147,14 +147,13 @@ def leave_at(margins: torch.Tensor, threshold: float) -> torch.Tensor:
 def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
     """The threshold at which sequences leave earliest while perplexity stays within 1% of depth K.
 
-    margins and ce (K, N), of each sequence at each depth. Every margin is a candidate, -inf, which all pass
-    at depth 1, and inf, which none passes before depth K."""
-    best = (len(ce), math.inf)
-    for threshold in [-math.inf, *margins.flatten().unique().tolist()]:
+    margins and ce (K, N), of each sequence at each depth. The higher the threshold, the later all leave, so
+    the first that fits is the best. A margin is never below 0, so all pass -1 at depth 1."""
+    for threshold in [-1.0, *margins.flatten().unique().tolist()]:
         leaves = leave_at(margins, threshold)
         if ce.gather(0, leaves[None]).mean() <= ce[-1].mean() + math.log(1.01):
-            best = min(best, (leaves.float().mean().item() + 1, threshold))
-    return best[1]
+            return threshold
+    return math.inf  # where ce is not a number
 
 
 def halt(model: LoopedGPT, idx: torch.Tensor, threshold: float) -> tuple[list, torch.Tensor]:
@@ -213,8 +212,7 @@ DASHES = ['-', '--', ':', '-.']
 
 def band(ax, x, ys, style, trained=None):
     """The mean over runs, and their range; fainter beyond the first `trained` points."""
-    n = min(len(x), *map(len, ys))
-    x, y = list(x)[:n], torch.tensor([y[:n] for y in ys], dtype=torch.float64)
+    y = torch.tensor(ys, dtype=torch.float64)
     ax.plot(x[:trained], y.mean(0)[:trained], **style)
     if trained:
         ax.plot(x[trained - 1:], y.mean(0)[trained - 1:], alpha=0.45, **style)
@@ -249,10 +247,10 @@ def draw_training(lines, ax):
 def draw_depth(lines, ax_norm, ax_ce):
     for ax, key in (ax_norm, 'norm'), (ax_ce, 'ce'):
         for style, runs in lines:
-            ys = [r['depth'][key] for r in runs]
-            band(ax, range(1, len(ys[0]) + 1), ys, style, trained=len(ys[0]) // 4)
-        ax.axvline(len(ys[0]) // 4, color='grey', linewidth=1, linestyle=':')
-        ax.annotate(' beyond K', (len(ys[0]) // 4, 0.02), xycoords=('data', 'axes fraction'), color='grey')
+            K = runs[0]['config']['loops']
+            band(ax, range(1, 4 * K + 1), [r['depth'][key] for r in runs], style, trained=K)
+            ax.axvline(K, color='grey', linewidth=1, linestyle=':')
+            ax.annotate(' beyond K', (K, 0.02), xycoords=('data', 'axes fraction'), color='grey')
         ax.set_xlabel('loop k')
     ax_norm.set(title='A scale that is carried grows with depth', ylabel='norm of the state', yscale='log')
     ax_ce.set(title='Every loop is an exit', ylabel='cross-entropy (nats)')
@@ -387,32 +385,28 @@ class PlotConfig:
                 raise ValueError(f'panels must be of {", ".join(PANELS)}, got {panel!r}')
 
 
-def measure_run(path: Path, cfg: PlotConfig, device) -> tuple[TrainConfig, dict]:
-    """The flags of a run and all that --panels asks for. UserError if it cannot be measured."""
+def measure_run(path: Path, cfg: PlotConfig, device) -> dict:
+    """The flags of a run and all that --panels asks for. UserError or OSError if it cannot be measured."""
     model, run, _ = load_checkpoint(path / 'ckpt.pt')
     model.to(device)
     tokens, _ = load_tokens(run)
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
-    try:
-        steps = [x for x in read_log(path / 'log.jsonl') if 'loss' in x]
-        training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
-    except (OSError, LookupError, TypeError) as e:
-        raise UserError(f'{path}/log.jsonl does not read ({type(e).__name__})') from e
-    measures = {p: PANELS[p][0] for p in cfg.panels.split(',') if PANELS[p][0]}
-    measured = {p: measure(model, batches) for p, measure in measures.items()}
-    return run, dict(config=asdict(run), training=training, **measured)
+    steps = [x for x in read_log(path / 'log.jsonl') if 'loss' in x]
+    training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
+    measured = {p: PANELS[p][0](model, batches) for p in cfg.panels.split(',') if p != 'training'}
+    return dict(config=asdict(run), training=training, **measured)
 
 
-def conditions(runs: list[tuple[TrainConfig, dict]]) -> dict[str, list[dict]]:
+def conditions(results: list[dict]) -> dict[str, list[dict]]:
     """Results by condition: runs with the same flags, whatever the seed, under the paper's words for them."""
-    apart = ('seed', 'out_dir', 'resume', 'overwrite', 'eval_only', 'device', 'compile', 'checkpoint_loops',
-             'eval_interval', 'eval_iters', 'log_interval')
+    ignored = ('seed', 'out_dir', 'resume', 'overwrite', 'eval_only', 'device', 'compile',
+               'checkpoint_loops', 'eval_interval', 'eval_iters', 'log_interval')
     named = ('readout', 'alpha', 'recurrence', 'supervision', 'norm_penalty')
-    flags = [{k: v for k, v in asdict(run).items() if k not in apart} for run, _ in runs]
+    flags = [{k: v for k, v in r['config'].items() if k not in ignored} for r in results]
     default = asdict(TrainConfig())
     vary = [k for k in flags[0] if k not in named and len({f[k] for f in flags}) > 1]
     groups = {}
-    for f, (_, result) in zip(flags, runs):
+    for f, result in zip(flags, results):
         words = dict(alpha=f'alpha {f["alpha"]:g}', final_rms='final-only rms')
         name = f'{f["supervision"].replace("_", "-")} + {words.get(f["readout"], f["readout"])}'
         name += f' + penalty {f["norm_penalty"]:g}' if f['norm_penalty'] else ''
@@ -451,8 +445,8 @@ def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
                      cell([x['halting']['perplexity'] for x in e], 2),
                      cell([x['halting']['tokens_per_second'] / x['tokens_per_second'][-1] for x in e], 2)]
             worth.append(f'| {name} | {" | ".join(cells)} |')
-    parts = rows * ('depth' in panels) + [''] + worth * ('exits' in panels)
-    return '\n'.join(parts).strip()
+    asked = [table for panel, table in (('depth', rows), ('exits', worth)) if panel in panels]
+    return '\n\n'.join('\n'.join(table) for table in asked)
 
 
 def main(argv=None):
@@ -478,7 +472,7 @@ def main(argv=None):
         groups = conditions(list(runs.values()))
         print(tables(groups, panels))
         numbers = out.with_suffix('.json')
-        numbers.write_text(json.dumps({path: result for path, (_, result) in runs.items()}, indent=1))
+        numbers.write_text(json.dumps(runs, indent=1))
         draw(groups, panels, out)
         print(f'{out} and {numbers}', file=sys.stderr)
     except (UserError, OSError) as e:

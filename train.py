@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -52,8 +51,8 @@ class TrainConfig(LoopedConfig):
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip', low=0)
     seed: int = flag(1, 'of weights, batches and dropout', low=0, high=2 ** 32)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1')
-    dtype: str = flag('auto', 'of matrix products, not of the state; auto is bfloat16 on cuda, else float32',
-                      ('auto', 'float32', 'bfloat16', 'float16'))
+    dtype: str = flag('auto', 'of matrix products, not of the state; auto is float32, on cuda bfloat16 '
+                      '(float16 where there is none)', ('auto', 'float32', 'bfloat16', 'float16'))
     compile: str = flag('auto', 'torch.compile; auto is True on cuda, else False', ('auto', 'True', 'False'))
     checkpoint_loops: bool = flag(False, 'recompute inside each loop in backward: less memory, more time')
     eval_interval: int = flag(200, 'iterations between evaluations, which also save', low=1)
@@ -68,6 +67,12 @@ class TrainConfig(LoopedConfig):
 # Flags, shared with sample.py and plot_norms.py
 
 
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+        raise argparse.ArgumentTypeError(f'must be True or False, got {text!r}')
+    return text.lower() in ('true', '1')
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
 
@@ -76,8 +81,8 @@ class FlagParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawTextHelpFormatter)
         self.config = config
         for f in fields(config):
-            choices = f.metadata['choices'] or ()
-            switch = dict(nargs='?', const=f.type('True')) if f.type is bool or 'True' in choices else {}
+            choices = f.metadata['choices']
+            switch = dict(nargs='?', const=True) if f.type is bool or 'True' in choices else {}
             self.add_argument(f'--{f.name}', type=parse_bool if f.type is bool else f.type,
                               metavar='{' + ','.join(choices) + '}' if choices else f.type.__name__.upper(),
                               help=f'{f.metadata["help"]} (default: {f.default!r})',
@@ -92,26 +97,15 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse(self, argv=None):
         """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
-        argv = sys.argv[1:] if argv is None else list(argv)
-        for i, word in enumerate(argv):  # a switch takes the next word only if that is a value for it
-            action = self._option_string_actions.get(word)
-            if action and action.const and not (argv[i + 1:] and argv[i + 1].lower() in SWITCH):
-                argv[i] = f'{word}=True'
+        switches = [name for name, action in self._option_string_actions.items() if action.const]
+        argv = [f'{word}=True' if word in switches else word  # so that it does not take the next word
+                for word in (sys.argv[1:] if argv is None else argv)]
         given = vars(self.parse_args(argv))
         names = {f.name for f in fields(self.config)}
         try:
             return self.config(**{k: v for k, v in given.items() if k in names}), given
         except ValueError as e:
             self.error(f'--{e}')
-
-
-SWITCH = ('true', 'false', '1', '0', 'auto')
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() not in SWITCH[:4]:
-        raise argparse.ArgumentTypeError(f'must be True or False, got {text!r}')
-    return text.lower() in ('true', '1')
 
 
 def pick_device(name: str) -> torch.device:
@@ -165,14 +159,12 @@ def load_checkpoint(path: Path) -> tuple[LoopedGPT, TrainConfig, dict]:
     try:
         state = dict(torch.load(path, map_location='cpu', weights_only=True))
         cfg = TrainConfig(**state['config'])
-        model = LoopedGPT(model_config(cfg)).eval()
+        model = LoopedGPT(cfg).eval()
         model.load_state_dict(state['model'])
-        state['optimizer']['state'], state['scaler'], state['iter']
-        return model, cfg, state
+        return model, cfg, {key: state[key] for key in ('iter', 'optimizer', 'scaler', 'corpus')}
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f'no checkpoint {path} (yet): give the folder of a run that has been trained') from e
-    except (OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-            pickle.UnpicklingError) as e:
+    except Exception as e:  # whatever a foreign file brings
         raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
                         f'delete it, or give another folder') from e
 
@@ -186,10 +178,6 @@ def read_log(path: Path) -> list[dict]:
         except ValueError:
             break
     return lines
-
-
-def model_config(cfg: TrainConfig) -> LoopedConfig:
-    return LoopedConfig(**{f.name: getattr(cfg, f.name) for f in fields(LoopedConfig)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,28 +216,6 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
     starts = np.linspace(0, len(tokens) - cfg.block_size - 1, count * cfg.batch_size).astype(np.int64)
     for batch in starts.reshape(count, -1):
         yield windows(tokens, batch, cfg.block_size, device)
-
-
-@torch.no_grad()
-def evaluate(model: LoopedGPT, tokens: dict, meta: dict, cfg: TrainConfig, device, autocast,
-             asked: list) -> dict | None:
-    """Cross-entropy at every exit, of both splits; of val also the state norm at every loop, and bits per
-    byte at the last exit. None where a stop is asked for meanwhile."""
-    model.eval()
-    mean = {}
-    for split in 'train', 'val':
-        outs = []
-        for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
-            if asked[0]:
-                model.train()
-                return None
-            with autocast:
-                out = model(idx, targets)
-            outs.append(torch.stack((out.losses, out.norms)))
-        mean[split] = torch.stack(outs).mean(0).tolist()
-    model.train()
-    bpb = mean['val'][0][-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
-    return dict(train_losses=mean['train'][0], val_losses=mean['val'][0], norms=mean['val'][1], bpb=bpb)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +281,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
     tokens, meta = load_tokens(cfg)
     if world > 1 and master:
         dist.barrier()
-    if state and state.get('corpus') != meta['hash']:
+    if state and state['corpus'] != meta['hash']:
         raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
@@ -327,7 +293,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
     if not state:
         torch.manual_seed(cfg.seed)
-        model = LoopedGPT(model_config(cfg))
+        model = LoopedGPT(cfg)
     model.to(device).train()
     optimizer = configure_optimizer(model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
@@ -355,29 +321,53 @@ def train(cfg: TrainConfig, given: dict) -> int:
     say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
 
+    # What the loop below does now and then, at its iteration `it`
+    it = start
+    good = torch.tensor(start, device=device)  # counts with `it` while loss and gradient are finite
     asked = [0]  # the signal that asks for a stop; no tensor, as it may come while dynamo traces
 
-    def diverged(it):
+    def diverged(at):
         kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
-        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {it}; {kept}. '
+        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {at}; {kept}. '
                         f'Try a smaller --learning_rate, or --grad_clip=1')
 
-    def report(it):
-        """Evaluate, print, return the log line, or None where a stop is asked for."""
-        result = evaluate(model, tokens, meta, cfg, device, autocast, asked)
-        if result is None:
-            return None
-        if not all(map(math.isfinite, result['val_losses'] + result['norms'])):
+    def check():  # waits for the device, so only where something else does
+        if good.item() < it or scaler.get_scale() < 2 ** -10:  # float16 that skips every step
+            diverged(good.item())
+
+    def save():
+        save_checkpoint(ckpt_path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg),
+                                        corpus=meta['hash']))
+
+    @torch.no_grad()
+    def evaluate() -> dict | None:
+        """Print and return cross-entropy at every exit, of both splits; of val also the state norm at every
+        loop, and bits per byte at the last exit. None where a stop is asked for meanwhile."""
+        model.eval()
+        mean = {}
+        for split in 'train', 'val':
+            outs = []
+            for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
+                if asked[0]:
+                    return None
+                with autocast:
+                    out = model(idx, targets)
+                outs.append(torch.stack((out.losses, out.norms)))
+            mean[split] = torch.stack(outs).mean(0).tolist()
+        model.train()
+        (train_losses, _), (val_losses, norms) = mean['train'], mean['val']
+        if not all(map(math.isfinite, val_losses + norms)):
             diverged(it)
-        losses = ' '.join(f'{x:.3f}' for x in result['val_losses'])
-        norms = ' '.join(f'{x:.1f}' for x in result['norms'])
-        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({result["bpb"]:.3f} bits per byte)\n'
-            f'             state norm, loops 1..{cfg.loops}: {norms}')
-        return dict(iter=it, **result)
+        bpb = val_losses[-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
+        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {" ".join(f"{x:.3f}" for x in val_losses)}  '
+            f'({bpb:.3f} bits per byte)\n'
+            f'             state norm, loops 1..{cfg.loops}: {" ".join(f"{x:.1f}" for x in norms)}')
+        return dict(iter=it, train_losses=train_losses, val_losses=val_losses, norms=norms, bpb=bpb)
 
     if cfg.eval_only:
         if master:
-            report(start)
+            evaluate()
         return 0
 
     if master:
@@ -394,13 +384,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
         os.replace(temporary, log_path)
         log = open(log_path, 'a', buffering=1)  # a line at a time
 
-    def save(it):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            diverged(it)
-        save_checkpoint(ckpt_path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg),
-                                        corpus=meta['hash']))
-
     # Ctrl-C and SIGTERM ask for a stop before the next step; a second one does not wait
     def ask(signum, _):
         if asked[0]:
@@ -413,21 +396,15 @@ def train(cfg: TrainConfig, given: dict) -> int:
         signal.signal(s, ask)
 
     # The loop
-    it, clock, logged = start, time.perf_counter(), start
-    broken = torch.full((), -1, device=device)  # first iteration with a loss or gradient that is not finite
+    clock, logged = time.perf_counter(), start
     batch = train_batch(tokens['train'], cfg, rank, it, device)
-
-    def check():  # waits for the device, so only where something else does
-        if broken.item() >= 0 or scaler.get_scale() < 2 ** -10:  # float16 that skips every step
-            diverged(it if broken.item() < 0 else broken.item())
-
     while True:
         if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters):
             check()
-            if line := report(it):
+            if line := evaluate():
                 log.write(json.dumps(line) + '\n')
                 if it > start:
-                    save(it)
+                    save()
             clock, logged = time.perf_counter(), it
         stop = torch.tensor(asked)
         if world > 1:
@@ -435,7 +412,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
         if stop.item():
             if master:
                 check()
-                save(it)
+                save()
             launch = 'python' if world == 1 else 'torchrun …'
             say(f'stopped at iteration {it}; go on with: {launch} train.py --resume --out_dir={out_dir}')
         if stop.item() or it >= cfg.max_iters:
@@ -446,18 +423,17 @@ def train(cfg: TrainConfig, given: dict) -> int:
             group['lr'] = lr
         torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of these alone
         loss = 0.0
-        micro_batches = list(zip(*(x.split(cfg.batch_size) for x in batch)))
-        for i, (idx, targets) in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
+        for i, (idx, targets) in enumerate(zip(*(x.split(cfg.batch_size) for x in batch)), 1):
+            last = i == cfg.gradient_accumulation_steps  # only then do the gradients of all processes meet
             with autocast, nullcontext() if last or world == 1 else wrapped.no_sync():
                 out = wrapped(idx, targets)
-                scaler.scale(out.loss / len(micro_batches)).backward()
-            loss = loss + out.loss.detach() / len(micro_batches)
+                scaler.scale(out.loss / cfg.gradient_accumulation_steps).backward()
+            loss += out.loss.detach() / cfg.gradient_accumulation_steps
         batch = train_batch(tokens['train'], cfg, rank, it + 1, device)  # while the GPU is still busy
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         finite = torch.isfinite(loss) & (torch.isfinite(norm) | scaler.is_enabled())  # the scaler skips those
-        broken = torch.where(finite | (broken >= 0), broken, it)
+        good += finite & (good == it)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

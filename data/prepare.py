@@ -11,6 +11,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import shutil
@@ -76,19 +77,16 @@ def download(dataset: str) -> Path:
         part = Path(f'{path}.{os.getpid()}.part')
         try:
             request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0 (looped)'})
-            digest, done = hashlib.sha256(), 0
             with urllib.request.urlopen(request, timeout=30) as response, open(part, 'wb') as f:
                 total = int(response.headers.get('Content-Length') or 0)
                 while block := response.read(1 << 20):
                     f.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    progress(f'downloading {dataset}: {done / 1e6:.1f} of {total / 1e6:.1f} MB')
+                    progress(f'downloading {dataset}: {f.tell() / 1e6:.1f} of {total / 1e6:.1f} MB')
             progress(None)
-            if digest.hexdigest() == sha256:
+            if hashlib.sha256(part.read_bytes()).hexdigest() == sha256:
                 os.replace(part, path)
                 return path
-            failures.append(f'{url}: {done:,} bytes with another sha256 than {sha256}')
+            failures.append(f'{url}: {part.stat().st_size:,} bytes with another sha256 than {sha256}')
         except (OSError, http.client.HTTPException) as e:
             failures.append(f'{url}: {e}')
         finally:
@@ -201,7 +199,7 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
             def encode(text):  # tiktoken works outside the GIL
                 return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
-            while batch := [item for _, item in zip(range(4 * workers), stream)]:
+            while batch := list(itertools.islice(stream, 4 * workers)):
                 for (split, text), ids in zip(batch, pool.map(encode, (text for _, text in batch))):
                     ids.tofile(out[split])
                     tokens[split] += len(ids)

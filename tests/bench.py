@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from looped import LoopedConfig, LoopedGPT, flag  # noqa: E402
-from train import FlagParser, TrainConfig, configure_optimizer, model_config, pick_device  # noqa: E402
+from train import FlagParser, TrainConfig, configure_optimizer, pick_device  # noqa: E402
 
 
 @dataclass
@@ -67,7 +67,7 @@ def autocast(cfg, device):
 
 def make(cfg, device, **other):
     torch.manual_seed(0)
-    return LoopedGPT(LoopedConfig(**{**vars(model_config(cfg)), **other})).to(device).train()
+    return LoopedGPT(replace(cfg, **other)).to(device).train()
 
 
 def stepper(model, cfg, device, loss=None, fused=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+TEXT = ''.join(f'line {i}: the square of {i} is {i * i}.\n' for i in range(2000))
 TINY = ['--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--batch_size=4', '--loops=3', '--eval_iters=2',
         '--max_iters=6', '--eval_interval=3', '--log_interval=1', '--warmup_iters=2', '--device=cpu']
 
@@ -21,7 +22,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, 'DATA', tmp_path / 'data')
     (tmp_path / 'data').mkdir()
-    (tmp_path / 'text.txt').write_text(''.join(f'line {i}: the square of {i} is {i * i}.\n' for i in range(2000)))
+    (tmp_path / 'text.txt').write_text(TEXT)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for s, handler in handlers.items():
@@ -50,9 +51,8 @@ def clone(tmp_path):
     """A copy of the repository's own files, for runs in processes of their own."""
     for name in 'looped.py', 'train.py', 'sample.py', 'plot_norms.py', 'data/prepare.py':
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        if (REPO / name).exists():
-            shutil.copy(REPO / name, tmp_path / name)
-    (tmp_path / 'text.txt').write_text(''.join(f'line {i}: the square of {i} is {i * i}.\n' for i in range(2000)))
+        shutil.copy(REPO / name, tmp_path / name)
+    (tmp_path / 'text.txt').write_text(TEXT)
 
     def start(*argv, **options):
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')

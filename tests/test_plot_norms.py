@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -179,9 +180,8 @@ def test_exits_calibrate_on_one_half_and_report_the_other():
 
 
 def result(norm, **config):
-    run = TrainConfig(**config)
-    return run, dict(config=dict(loops=run.loops), training=dict(iter=[1], norm=[norm]),
-                     depth=dict(norm=[norm] * 32, ce=[2.0, 0, 0, 1.5, 0, 0, 0, 1.25] + [9] * 24))
+    return dict(config=asdict(TrainConfig(**config)), training=dict(iter=[1], norm=[norm]),
+                depth=dict(norm=[norm] * 32, ce=[2.0, 0, 0, 1.5, 0, 0, 0, 1.25] + [9] * 24))
 
 
 def test_seeds_are_averaged_and_conditions_are_kept_apart_by_name():

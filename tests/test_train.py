@@ -431,7 +431,7 @@ def test_two_processes_train_as_one_on_the_joint_batch_and_stop_together(clone, 
     cfg = TrainConfig(**cfg)
     tokens = np.memmap(next((clone.folder / 'data').glob('*_256/train.bin')), np.uint16, 'r')
     torch.manual_seed(cfg.seed)
-    model = LoopedGPT(LoopedConfig(**{f.name: getattr(cfg, f.name) for f in fields(LoopedConfig)}))
+    model = LoopedGPT(cfg)
     optimizer = train.configure_optimizer(model, cfg, torch.device('cpu'))
     for it in range(cfg.max_iters):
         batches = [train_batch(tokens, cfg, rank, it, torch.device('cpu')) for rank in (0, 1)]
