@@ -450,6 +450,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
             say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
                 f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
             log.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
+
     if world > 1:
         dist.barrier()  # no rank leaves while another still talks to it
     return 128 + stop.item() if stop.item() else 0
