@@ -181,8 +181,10 @@ def exits(model: LoopedGPT, batches) -> dict:
     def sequences(batches):
         rows = []
         for idx, targets in batches:
-            logits = [model.readout(h) for h in model.states(idx)]
-            both = [torch.stack((margin(z), token_ce(z, targets).mean(-1))) for z in logits]
+            both = []
+            for h in model.states(idx):
+                z = model.readout(h)
+                both.append(torch.stack((margin(z), token_ce(z, targets).mean(-1))))
             rows.append(torch.stack(both, dim=1))
         return torch.cat(rows, dim=2).cpu()  # (2, K, N)
 

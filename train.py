@@ -285,6 +285,9 @@ def train(cfg: TrainConfig, given: dict) -> int:
         raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
+    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
+        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
+                        'not restore the random state: leave one of them out')
     dtype = cfg.dtype
     if dtype == 'auto':
         half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -306,9 +309,11 @@ def train(cfg: TrainConfig, given: dict) -> int:
         say(f'resumed at iteration {start} of {cfg.max_iters}'
             + (', so nothing is left to do: raise --max_iters' if start >= cfg.max_iters else ''))
     model.checkpoint_loops = cfg.checkpoint_loops
-    compiled = cfg.compile == 'True' or cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
+    compiled = cfg.compile == 'True' or (cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
+                                         and torch.cuda.get_device_capability(device) >= (7, 0))
     if compiled:
         model.compile_regions()
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block in pieces, to overlap nothing
     wrapped = model
     if world > 1:  # with one loop, the recurrence has parameters that nothing uses
         wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
@@ -461,16 +466,18 @@ def main(argv=None):
     try:
         code = train(cfg, given)
     except (UserError, OSError) as e:
-        sys.exit(f'train.py: {e}')
+        code = f'train.py: {e}'
     except (torch.OutOfMemoryError, MemoryError) as e:
-        sys.exit(f'train.py: out of memory ({str(e).splitlines()[0]}): try --checkpoint_loops, or a smaller '
-                 f'--batch_size with more --gradient_accumulation_steps')
+        code = (f'train.py: out of memory ({str(e).splitlines()[0]}): try --checkpoint_loops, or a smaller '
+                f'--batch_size with more --gradient_accumulation_steps')
     except KeyboardInterrupt:  # before the loop, where there is nothing to save
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
-            dist.destroy_process_group()
+        code = 130
+    if dist.is_initialized():
+        if isinstance(code, str):  # NCCL would wait here for the other ranks, and they wait for this one
+            print(code, file=sys.stderr, flush=True)
+            os._exit(1)
+        gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
+        dist.destroy_process_group()
     sys.exit(code)
 
 

@@ -38,8 +38,8 @@ class BenchConfig(TrainConfig):
 
 
 def sync(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
 
 
 def in_turn(device, rounds: int, **contestants) -> dict[str, float]:
@@ -137,14 +137,15 @@ def exits(cfg, device, say):
 def plain(cfg, device, say):
     compiled = make(cfg, device)
     compiled.compile_regions()
-    matrix = torch.randn(4096, 4096, device=device)
+    n, times = (8192, 10) if device.type == 'cuda' else (4096, 1)
+    matrix = torch.randn(n, n, device=device)
     with autocast(cfg, device):
         matrix = matrix.to((matrix @ matrix).dtype)
     t = in_turn(device, cfg.rounds, plain=stepper(make_plain(cfg, device), cfg, device, plain_loss, fused=False),
                 eager=stepper(make(cfg, device), cfg, device), compiled=stepper(compiled, cfg, device),
-                product=lambda: matrix @ matrix)
+                product=lambda: [matrix @ matrix for _ in range(times)])
     flops = compiled.flops_per_token() * cfg.batch_size * cfg.block_size / t['compiled'] / 1e12
-    ceiling = 2 * 4096 ** 3 / t['product'] / 1e12
+    ceiling = times * 2 * n ** 3 / t['product'] / 1e12
     say(f'plain: {t["plain"]:.3f} s a plain eager step; ours is {t["plain"] / t["eager"]:.2f} x as fast eager and '
         f'{t["plain"] / t["compiled"]:.2f} x compiled; compiled against eager {t["eager"] / t["compiled"]:.2f} x; '
         f'compiled does {flops:.3f} TFLOP/s, {flops / ceiling:.0%} of the {ceiling:.3f} of one matrix product')
