@@ -271,6 +271,9 @@ def train(cfg: TrainConfig, given: dict) -> int:
     # The device of this process, and the corpus
     own_gpu = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
     device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if own_gpu else cfg.device)
+    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
+        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
+                        'not restore the random state: leave one of them out')
     cuda = device.type == 'cuda'
     if cuda:
         torch.cuda.set_device(device)
@@ -285,9 +288,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
         raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
-    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
-        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
-                        'not restore the random state: leave one of them out')
     dtype = cfg.dtype
     if dtype == 'auto':
         half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'

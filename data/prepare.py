@@ -77,13 +77,15 @@ def download(dataset: str) -> Path:
         part = Path(f'{path}.{os.getpid()}.part')
         try:
             request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0 (looped)'})
+            digest = hashlib.sha256()
             with urllib.request.urlopen(request, timeout=30) as response, open(part, 'wb') as f:
                 total = int(response.headers.get('Content-Length') or 0)
                 while block := response.read(1 << 20):
                     f.write(block)
+                    digest.update(block)
                     progress(f'downloading {dataset}: {f.tell() / 1e6:.1f} of {total / 1e6:.1f} MB')
             progress(None)
-            if hashlib.sha256(part.read_bytes()).hexdigest() == sha256:
+            if digest.hexdigest() == sha256:
                 os.replace(part, path)
                 return path
             failures.append(f'{url}: {part.stat().st_size:,} bytes with another sha256 than {sha256}')

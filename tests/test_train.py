@@ -266,6 +266,13 @@ def test_what_cannot_work_is_named(run, workplace, flags, says):
     assert tree(workplace) == before and not (workplace / 'out').exists()
 
 
+def test_checkpoint_loops_with_dropout_is_refused_on_mps(run, workplace, monkeypatch):
+    monkeypatch.setattr(train, 'pick_device', lambda name: torch.device('mps'))
+    before = tree(workplace)
+    assert_one_line(run(main, *TEXT, '--checkpoint_loops', '--dropout=0.1'), '--checkpoint_loops', '--dropout', 'MPS')
+    assert tree(workplace) == before
+
+
 def test_a_block_size_too_long_for_a_corpus_that_is_prepared_already_is_named(run, workplace):
     run(main, *TEXT)
     before = tree(workplace)
