@@ -5,6 +5,12 @@ Continue a prompt with a trained model, at any depth, or at every depth one unde
     python sample.py out/RUN --prompt="def " --every_depth
 """
 
+import os
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported
+
 import codecs
 import sys
 import time
@@ -15,19 +21,19 @@ import torch
 
 from data.prepare import UserError, get_tokenizer
 from looped import LoopedGPT, flag, validate
-from train import FlagParser, load_checkpoint, pick_device
+from train import FlagParser, load_checkpoint, one_line_errors, pick_device
 
 
 @dataclass
 class SampleConfig:
     prompt: str = flag('\n', 'text to continue; FILE:path reads a file, - standard input')
-    loops: int = flag(0, 'depth; 0 is the trained one', low=0)
+    loops: int = flag(0, 'depth; 0 is the trained one', high=10_000)
     every_depth: bool = flag(False, 'depths 1, 2, 4 .. K and 2K, one under the other')
-    num_samples: int = flag(1, 'samples a depth', low=1)
-    max_new_tokens: int = flag(300, 'tokens a sample', low=0)
-    temperature: float = flag(0.8, '0 is greedy', low=0)
-    top_k: int = flag(200, 'sample from the k likeliest tokens; 0 is all', low=0)
-    seed: int = flag(1, 'of the first sample; the next has seed + 1', low=0)
+    num_samples: int = flag(1, 'samples per depth', low=1)
+    max_new_tokens: int = flag(300, 'tokens per sample')
+    temperature: float = flag(0.8, '0 is greedy', high=1000)
+    top_k: int = flag(200, 'sample from the k likeliest tokens; 0 is all')
+    seed: int = flag(1, 'of the first sample; the next has seed + 1', high=2 ** 32)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu')
 
     def __post_init__(self):
@@ -45,8 +51,20 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
+@torch.no_grad()
+def likeliest(model: LoopedGPT, encoding, idx: torch.Tensor, depths: list[int]):
+    """Print the five likeliest next tokens after idx (1, T) and their probabilities, one row per depth."""
+    print('the five likeliest next tokens: what does another loop change?')
+    for depth in depths:
+        logits = model(idx[:, -model.cfg.block_size:], loops=depth).logits[0, -1]
+        top = logits.float().softmax(-1).topk(min(5, len(logits)))
+        row = zip(top.indices.tolist(), top.values.tolist())
+        print(f'{depth:>4} loops', *(f'{encoding.decode([i])!r:>8} {p:.3f}' for i, p in row))
+    print()
+
+
 def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
-    """Print one continuation as it is made, and below it the norm of its last state and tokens a second."""
+    """Print one continuation as it is made, and below it the norm of its last state; the speed on stderr."""
     torch.manual_seed(seed)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span tokens
     start = time.perf_counter()
@@ -56,34 +74,30 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
     seconds = time.perf_counter() - start
     with torch.no_grad():
         norm = model(idx[:, -model.cfg.block_size:], loops=depth).norms[-1].item()
-    print(decoder.decode(b'', final=True) + f'\n--- {depth} loops, seed {seed}: state norm {norm:.1f}, '
-          f'{cfg.max_new_tokens / seconds:,.0f} tokens a second\n')
+    print(f'{decoder.decode(b"", final=True)}\n--- {depth} loops, seed {seed}: state norm {norm:.1f}\n')
+    print(f'{cfg.max_new_tokens / seconds:,.0f} tokens per second', file=sys.stderr)
 
 
+@one_line_errors
 def main(argv=None):
     parser = FlagParser(SampleConfig, __doc__)
     parser.add_argument('run', help='the folder of a run, such as out/python-rms-residual-per_loop')
     cfg, given = parser.parse(argv)
-    sys.stdout.reconfigure(errors='replace')  # a terminal that is not UTF-8
-    try:
-        device = pick_device(cfg.device)
-        path = Path(given['run'])
-        model, trained, _ = load_checkpoint(path if path.is_file() else path / 'ckpt.pt')
-        model.to(device)
-        encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
-        idx = torch.tensor([encoding.encode(prompt, allowed_special='all')], device=device)
-        K = cfg.loops or model.cfg.loops
-        depths = [K]
-        if cfg.every_depth:
-            depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
-        for depth in depths:
-            for i in range(cfg.num_samples):
-                print(prompt, end='')
-                sample(model, encoding, idx, depth, cfg, cfg.seed + i)
-    except (UserError, OSError) as e:
-        sys.exit(f'sample.py: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
+    device, path = pick_device(cfg.device), Path(given['run'])
+    model, trained, _ = load_checkpoint(path if path.is_file() else path / 'ckpt.pt')
+    model.to(device)
+    encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
+    idx = torch.tensor([encoding.encode(prompt, disallowed_special=())], device=device)
+    K = cfg.loops or model.cfg.loops
+    depths = [K]
+    if cfg.every_depth:
+        depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
+        likeliest(model, encoding, idx, depths)
+        print(f'and how the text goes on, each depth from seed {cfg.seed}:\n')
+    for depth in depths:
+        for i in range(cfg.num_samples):
+            print(prompt, end='')
+            sample(model, encoding, idx, depth, cfg, cfg.seed + i)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """
 The theory of the blind spot, by autograd. To be read beside the paper: each test is one of its claims.
 
-Notation: a state h = s·u has a scale s = RMS(h) and a direction u. The part of a gradient along h is the only part
-that can change s; the rest turns u.
+Notation: a state h = s·u has a scale s = RMS(h) and a direction u. The part of a gradient along h is the only
+part that can change s; the rest turns u.
 """
 
 import math
@@ -11,15 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from looped import READOUTS, LoopedConfig, LoopedGPT
-
-BLIND, SEEING = ['rms', 'layernorm'], ['raw', 'alpha']
+from looped import READOUTS, RECURRENCES, LoopedConfig, LoopedGPT
 
 
 def make(**flags) -> LoopedGPT:
     torch.manual_seed(0)
     model = LoopedGPT(LoopedConfig(**{**dict(vocab_size=61, block_size=16, loops=4), **flags}))
-    for p in model.parameters():  # larger weights than at initialisation, so that nothing is small by accident
+    for p in model.parameters():  # weights of some size, so that nothing is small by accident
         torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
     return model
 
@@ -30,40 +28,88 @@ def batch():
     return ids[:, :-1], ids[:, 1:]
 
 
-def radial_share(model, k, final):
-    """|<dCE/dh, h>| / (|dCE/dh| |h|), a token at a time, at exit k."""
+def state_and_gradient(model, k):
+    """h_k and dCE_k/dh_k, each (B, T, C)."""
     idx, targets = batch()
     h = model.states(idx)[k - 1].detach().requires_grad_()
-    F.cross_entropy(model.readout(h, final).flatten(0, 1), targets.flatten()).backward()
-    return F.cosine_similarity(h.grad, h, dim=-1).abs()
+    F.cross_entropy(model.readout(h, k).flatten(0, 1), targets.flatten(), reduction='sum').backward()
+    return h.detach(), h.grad
 
 
-@pytest.mark.parametrize('readout', BLIND)
-def test_cross_entropy_through_a_normalised_readout_has_no_gradient_along_the_state(readout):
-    assert radial_share(make(readout=readout), k=4, final=True).max() < 1e-3
+def radial_share(model, k=4):
+    """|<dCE/dh, h>| / (|dCE/dh| |h|) of each token, at exit k."""
+    h, gradient = state_and_gradient(model, k)
+    return F.cosine_similarity(gradient, h, dim=-1).abs()
 
 
-@pytest.mark.parametrize('readout', SEEING)
-def test_cross_entropy_through_a_readout_that_sees_scale_has_a_gradient_along_the_state(readout):
-    assert radial_share(make(readout=readout), k=4, final=True).mean() > 0.03
+def hides_the_length(model, k=4):
+    """Whether exit k gives a state of fifty times the length the same logits."""
+    h = model.states(batch()[0])[k - 1]
+    return (model.readout(50 * h, k) - model.readout(h, k)).abs().max() < 1e-3
 
 
-def test_final_rms_sees_scale_at_every_exit_but_the_last():
-    model = make(readout='final_rms')
-    assert radial_share(model, k=2, final=False).mean() > 0.03
-    assert radial_share(model, k=4, final=True).max() < 1e-3
+@pytest.mark.parametrize('k', [2, 4])
+@pytest.mark.parametrize('readout', READOUTS)
+def test_a_readout_that_hides_the_length_sends_no_gradient_along_the_state(readout, k):
+    """The theorem of the blind spot, for every row of READOUTS, yours too. Only `cut` sees the length of a
+    state and sends no gradient along it: it was made to take the two apart."""
+    model = make(readout=readout)
+    blind = hides_the_length(model, k) or readout == 'cut'
+    assert radial_share(model, k).max() < 1e-3 if blind else radial_share(model, k).mean() > 0.03
+
+
+@pytest.mark.parametrize('readout, early, last', [
+    ('rms', True, True), ('layernorm', True, True), ('final_rms', False, True), ('raw', False, False),
+    ('cut', False, False), ('alpha', False, False)])
+def test_which_exits_hide_the_length_of_a_state(readout, early, last):
+    model = make(readout=readout)
+    assert (hides_the_length(model, k=2), hides_the_length(model, k=4)) == (early, last)
 
 
 def test_alpha_dials_the_radial_gradient_from_blind_to_raw():
-    shares = [radial_share(make(readout='alpha', alpha=a), k=4, final=True).mean() for a in (0, 0.25, 0.5, 0.75, 1)]
+    shares = [radial_share(make(readout='alpha', alpha=a)).mean() for a in (0, 0.25, 0.5, 0.75, 1)]
     assert shares[0] < 1e-3 and shares == sorted(shares)
-    torch.testing.assert_close(shares[-1], radial_share(make(readout='raw'), k=4, final=True).mean())
+    torch.testing.assert_close(shares[-1], radial_share(make(readout='raw')).mean())
+
+
+def test_cut_removes_exactly_the_radial_part_of_the_gradient_of_raw_and_changes_no_logit():
+    raw, cut = make(readout='raw'), make(readout='cut')
+    h, gradient = state_and_gradient(raw, k=4)
+    assert torch.equal(cut.readout(h), raw.readout(h))
+    radial = (gradient * h).sum(-1, keepdim=True) * h / h.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(state_and_gradient(cut, k=4)[1], gradient - radial, atol=1e-6, rtol=1e-4)
+    assert radial.norm() > 0.03 * gradient.norm()
+
+
+@pytest.mark.parametrize('recurrence', RECURRENCES)
+@pytest.mark.parametrize('g', [0.1, 10, 1e5])
+def test_the_length_is_a_gauge_a_blind_model_has_a_twin_of_every_length_with_the_same_logits(g, recurrence):
+    """Multiply all that writes into the state by g, and divide what reads it, the gain of the readout, by g:
+    every norm is g times as large, and no logit changes. So nothing in the loss can choose the norm."""
+    def twin(readout):
+        model = make(readout=readout, recurrence=recurrence).double()
+        for m in model.modules():
+            if isinstance(m, torch.nn.RMSNorm):
+                m.eps = 1e-30  # the only thing in the model that has a length of its own
+        before = model(batch()[0])
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(('emb.weight', 'proj.weight', 'w2.weight')) or name == 'recurrence.weight':
+                    p.mul_(g)
+            if readout == 'rms':
+                model.last_exit.weight.div_(g)  # as W, which is tok_emb, has grown
+        return before, model(batch()[0])
+    before, after = twin('rms')
+    torch.testing.assert_close(after.norms, g * before.norms)
+    torch.testing.assert_close(after.logits, before.logits)
+    before, after = twin('raw')  # sees the length: the same change of weights changes what it predicts
+    assert (after.logits.softmax(-1) - before.logits.softmax(-1)).abs().max() > 0.1
 
 
 def test_layernorm_is_also_blind_to_the_mean_over_channels_and_rms_is_not():
     idx, targets = batch()
     share = {}
-    for readout in BLIND:
+    for readout in 'rms', 'layernorm':
         model = make(readout=readout)
         h = model.states(idx)[-1].detach().requires_grad_()
         F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten()).backward()
@@ -73,22 +119,12 @@ def test_layernorm_is_also_blind_to_the_mean_over_channels_and_rms_is_not():
     assert share['layernorm'] < 1e-3 < 0.03 < share['rms']
 
 
-@pytest.mark.parametrize('readout', READOUTS)
-@pytest.mark.parametrize('final', [True, False])
-def test_fifty_times_the_state_changes_no_logit_of_a_blind_readout(readout, final):
-    model = make(readout=readout)
-    h = model.states(batch()[0])[-1]
-    moved = (model.readout(50 * h, final) - model.readout(h, final)).abs().max()
-    blind = readout in BLIND or (readout == 'final_rms' and final)
-    assert moved < 1e-3 if blind else moved > 1
-
-
 @pytest.mark.parametrize('supervision', ['per_loop', 'terminal'])
 def test_the_penalty_pulls_the_state_straight_towards_zero(supervision):
     """The gradient of the penalty in a state is that state, times 2·weight / (K·B·T·C)."""
     model, (idx, targets) = make(norm_penalty=0.1, supervision=supervision), batch()
     states = [h.detach().requires_grad_() for h in model.states(idx)]
-    model.states = lambda idx, loops=None: states
+    model.states = lambda idx, loops=None: states  # leaves of the graph, whose gradient can be asked for
     with_penalty = torch.autograd.grad(model(idx, targets).loss, states[1], retain_graph=True)[0]
     model.cfg.norm_penalty = 0.0
     without = torch.autograd.grad(model(idx, targets).loss, states[1], allow_unused=True)[0]
@@ -97,17 +133,17 @@ def test_the_penalty_pulls_the_state_straight_towards_zero(supervision):
 
 
 def test_residual_recurrence_carries_a_factor_on_the_state_and_rms_forgets_it():
-    h = torch.randn(2, 5, 64)
+    h, h_0 = torch.randn(2, 2, 5, 64)
     residual, rms, damped = (make(recurrence=r) for r in ('residual', 'rms', 'damped'))
-    assert torch.equal(residual.carry(50 * h), 50 * residual.carry(h))
-    torch.testing.assert_close(rms.carry(50 * h), rms.carry(h), atol=1e-4, rtol=1e-4)
-    ratio = damped.carry(h).norm() / h.norm()
+    assert torch.equal(residual.carry(50 * h, h_0), 50 * residual.carry(h, h_0))
+    torch.testing.assert_close(rms.carry(50 * h, h_0), rms.carry(h, h_0), atol=1e-4, rtol=1e-4)
+    ratio = damped.carry(h, h_0).norm() / h.norm()
     assert ratio < 1
-    torch.testing.assert_close(damped.carry(50 * h).norm() / h.norm(), 50 * ratio)
+    torch.testing.assert_close(damped.carry(50 * h, h_0).norm() / h.norm(), 50 * ratio)
 
 
 def test_a_large_state_grows_by_steps_of_constant_length_and_turns_as_one_over_its_scale():
-    """Pre-norm blocks see u alone: for h = s·u the update does not depend on s, so relative to h it fades as 1/s.
+    """Pre-norm blocks see u alone: for h = s·u the update does not depend on s, so against h it fades as 1/s.
     This is why nothing in the recurrence itself pulls a scale back that has run away."""
     model = make()
     u = torch.randn(1, 16, 64)
@@ -115,7 +151,7 @@ def test_a_large_state_grows_by_steps_of_constant_length_and_turns_as_one_over_i
     lengths, turns = [], []
     for s in 1e4, 2e4, 4e4:
         h = s * u
-        after = model.loop(h)
+        after = model.step(h, h_0=u, k=2)
         lengths.append((after - h).norm(dim=-1).mean().item())
         turns.append((F.normalize(after, dim=-1) - u).norm(dim=-1).mean().item())
     assert lengths == pytest.approx([lengths[0]] * 3, rel=0.02)

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from looped import EPS, READOUTS, RECURRENCES, ExitCrossEntropy, LoopedConfig, LoopedGPT
+from looped import EPS, READOUTS, RECURRENCES, SUPERVISIONS, LoopedConfig, LoopedGPT
 
 SMALL = dict(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32, loops=4)
 
@@ -37,15 +38,19 @@ def layer_norm(h, gain):
 def expected_states(model, idx):
     """Section 1 of the design, by hand: explicit heads, explicit mask."""
     p, c = dict(model.named_parameters()), model.cfg
-    h, states = p['tok_emb.weight'][idx] + p['pos_emb.weight'][:idx.size(1)], []
+    h_0 = h = p['tok_emb.weight'][idx] + p['pos_emb.weight'][:idx.size(1)]
+    states = []
     mask = torch.triu(torch.full((idx.size(1),) * 2, -math.inf), 1)
     for k in range(c.loops):
         if k and c.recurrence == 'rms':
-            h = rms_norm(h, p['between.weight'])
+            h = rms_norm(h, p['recurrence.weight'])
         if k and c.recurrence == 'damped':
-            h = h / (1 + torch.exp(-p['between.a']))
+            h = h / (1 + torch.exp(-p['recurrence.a']))
+        if k:
+            h = h + c.inject * h_0
         for i in range(c.n_layer):
-            w = {name: p[f'blocks.{i}.{name}.weight'] for name in ('norm_attn', 'qkv', 'proj', 'norm_mlp', 'w1', 'w2', 'w3')}
+            w = {name: p[f'blocks.{i}.{name}.weight']
+                 for name in ('norm_attn', 'qkv', 'proj', 'norm_mlp', 'w1', 'w2', 'w3')}
             q, k_, v = (rms_norm(h, w['norm_attn']) @ w['qkv'].T).split(c.n_embd, dim=-1)
             heads = []
             for j in range(c.n_head):
@@ -68,13 +73,18 @@ def expected_logits(model, h, final):
         h = layer_norm(h, model.last_exit.weight)
     elif readout == 'alpha':
         h = h * (h ** 2).mean(-1, keepdim=True) ** ((model.cfg.alpha - 1) / 2)
-    return h @ W.T
+    bias = dict(model.named_parameters()).get('output_bias')
+    return h @ W.T if bias is None else h @ W.T + bias
 
 
-@pytest.mark.parametrize('recurrence', RECURRENCES)
-@pytest.mark.parametrize('readout', READOUTS)
-def test_states_logits_losses_and_norms_follow_the_equations(readout, recurrence):
-    model, (idx, targets) = make(readout=readout, recurrence=recurrence, alpha=0.3), batch()
+ROWS = ['rms', 'layernorm', 'raw', 'cut', 'final_rms', 'alpha']  # those whose formulas stand above
+
+
+@pytest.mark.parametrize('flags', [{}, dict(inject=0.7, output_bias='learned', init='gpt2')], ids=str)
+@pytest.mark.parametrize('recurrence', ['residual', 'rms', 'damped'])
+@pytest.mark.parametrize('readout', ROWS)
+def test_states_logits_losses_and_norms_follow_the_equations(readout, recurrence, flags):
+    model, (idx, targets) = make(readout=readout, recurrence=recurrence, alpha=0.3, **flags), batch()
     states = expected_states(model, idx)
     for got, want in zip(model.states(idx), states, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -88,21 +98,22 @@ def test_states_logits_losses_and_norms_follow_the_equations(readout, recurrence
     torch.testing.assert_close(model(idx).logits, logits[-1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('supervision, norm_penalty', list(itertools.product(['per_loop', 'terminal'], [0.0, 0.01])))
+@pytest.mark.parametrize('supervision, norm_penalty', list(itertools.product(SUPERVISIONS, [0.0, 0.01])))
 @pytest.mark.parametrize('readout', READOUTS)
-def test_training_gradients_are_those_of_the_plain_loss(readout, supervision, norm_penalty, monkeypatch):
-    """ExitCrossEntropy, over several chunks with a short last one, against autograd through all logits."""
-    monkeypatch.setattr(ExitCrossEntropy, 'ROWS', 20)
+def test_training_gradients_are_those_of_the_plain_loss(readout, supervision, norm_penalty):
+    """With every exit recomputed in backward, against autograd through all logits at once."""
     model, (idx, targets) = make(readout=readout, supervision=supervision, norm_penalty=norm_penalty), batch()
     model.train()
     out = model(idx, targets)
     got = torch.autograd.grad(out.loss, list(model.parameters()))
     states = model.states(idx)
-    losses = [F.cross_entropy(model.readout(h, h is states[-1]).flatten(0, 1), targets.flatten()) for h in states]
-    losses = losses if supervision == 'per_loop' else losses[-1:]
-    loss = torch.stack(losses).mean() + norm_penalty * torch.stack([(h ** 2).mean() for h in states]).mean()
+    losses = [F.cross_entropy(model.readout(h, k).flatten(0, 1), targets.flatten())
+              for k, h in enumerate(states, 1)]
+    weights = SUPERVISIONS[supervision](4)
+    loss = sum(w * ce for w, ce in zip(weights, losses))
+    loss = loss + norm_penalty * torch.stack([(h ** 2).mean() for h in states]).mean()
     torch.testing.assert_close(out.loss, loss)
-    torch.testing.assert_close(out.losses, torch.stack(losses).detach())
+    torch.testing.assert_close(out.losses, torch.stack([x for w, x in zip(weights, losses) if w]).detach())
     for g, want in zip(got, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         torch.testing.assert_close(g, want, atol=1e-5, rtol=1e-4)
 
@@ -120,15 +131,39 @@ def test_the_loss_is_the_same_with_and_without_gradients():
 def test_terminal_supervision_reads_out_once_in_training_and_everywhere_in_eval():
     model, (idx, targets) = make(supervision='terminal'), batch()
     exposed = []
-    model.expose = lambda h, final=True: exposed.append(final) or LoopedGPT.expose(model, h, final)
-    assert model.train()(idx, targets).losses.shape == (1,) and exposed == [True]
+    model.expose = lambda h, k=None: exposed.append(k) or LoopedGPT.expose(model, h, k)
+    assert model.train()(idx, targets).losses.shape == (1,) and exposed == [None]
     with torch.no_grad():
         assert model.eval()(idx, targets).losses.shape == (4,)
-    assert exposed[1:] == [False, False, False, True]
+    assert exposed[1:] == [1, 2, 3, None]
+
+
+def test_a_target_of_minus_100_is_left_out_of_the_loss_in_training_and_in_eval():
+    model, (idx, targets) = make(), batch()
+    targets = targets.clone()
+    targets[:, 5:] = -100
+    logits = model.readout(model.states(idx)[-1])
+    want = F.cross_entropy(logits[:, :5].flatten(0, 1), targets[:, :5].flatten())
+    for got in model.train()(idx, targets), model.eval()(idx, targets):
+        torch.testing.assert_close(got.losses[-1], want.detach())
+
+
+def test_a_model_in_double_precision_can_be_checked_against_finite_differences_even_twice():
+    """The attention of the CPU has no second derivative but in its plain form."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = make(readout='raw', n_embd=8, n_layer=1, loops=2, norm_penalty=0.1).double().train()
+    idx, targets = batch(B=1, T=3)
+    w = model.blocks[0].norm_mlp.weight
+
+    def loss(value):
+        return torch.func.functional_call(model, {'blocks.0.norm_mlp.weight': value}, (idx, targets)).loss
+    with sdpa_kernel(SDPBackend.MATH):
+        assert loss(w).dtype == torch.float64
+        assert torch.autograd.gradcheck(loss, w) and torch.autograd.gradgradcheck(loss, w)
 
 
 def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits():
-    """What autograd saves from K = 2 to 6 must not grow by a (B, T, V) tensor, nor by any of half that size."""
+    """From K = 2 to 6, what autograd saves grows by no (B, T, V) tensor, nor by any of half that size."""
     saved, V = {}, 20000
     for loops in 2, 6:
         model = make(vocab_size=V, n_layer=1, loops=loops, block_size=64).train()
@@ -145,14 +180,18 @@ def test_memory_for_backward_holds_no_logits_whatever_the_number_of_exits():
     assert saved[2] == saved[6]
 
 
-def test_checkpoint_loops_changes_no_gradient_and_keeps_one_state_a_loop():
+def test_checkpoint_loops_changes_no_gradient_and_keeps_one_state_per_loop():
     sizes, grads = {}, {}
     for on in False, True:
         model, (idx, targets) = make(dropout=0.1).train(), batch()
         model.checkpoint_loops = on
         saved = {}
+
+        def pack(t):
+            saved[t.data_ptr()] = t.numel()
+            return t
         torch.manual_seed(5)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = model(idx, targets).loss
         sizes[on] = sum(saved.values())
         grads[on] = torch.autograd.grad(loss, list(model.parameters()))
@@ -181,18 +220,40 @@ def test_a_run_at_3_loops_is_the_prefix_of_a_run_at_5(recurrence):
 def test_the_last_loop_run_is_the_final_one_of_final_rms():
     model, (idx, _) = make(readout='final_rms'), batch()
     h = model.states(idx, loops=2)[-1]
-    torch.testing.assert_close(model(idx, loops=2).logits, rms_norm(h, model.last_exit.weight) @ model.tok_emb.weight.T,
-                               atol=1e-5, rtol=1e-4)
+    want = rms_norm(h, model.last_exit.weight) @ model.tok_emb.weight.T
+    for got in model(idx, loops=2).logits, model.readout(h), model.readout(h, k=4), model.readout(h, k=9):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.readout(h, k=2), h @ model.tok_emb.weight.T)
 
 
 @pytest.mark.parametrize('n_embd', [64, 256])
-@pytest.mark.parametrize('readout', READOUTS)
-def test_the_initial_loss_is_near_that_of_a_uniform_guess(readout, n_embd):
+@pytest.mark.parametrize('readout', ROWS)
+def test_the_initial_loss_of_init_gpt2_is_near_that_of_a_uniform_guess(readout, n_embd):
     torch.manual_seed(0)
-    model = LoopedGPT(LoopedConfig(readout=readout, n_embd=n_embd, vocab_size=1000))
+    model = LoopedGPT(LoopedConfig(readout=readout, n_embd=n_embd, vocab_size=1000, init='gpt2'))
     ids = torch.randint(1000, (8, 65))
     losses = model(ids[:, :-1], ids[:, 1:]).losses
     assert (losses - math.log(1000)).abs().max() < 0.3
+
+
+def test_init_torch_is_the_default_of_pytorch_with_embeddings_of_variance_one():
+    model = LoopedGPT(LoopedConfig())
+    assert 0.95 < model.tok_emb.weight.std() < 1.05 and 0.95 < model.pos_emb.weight.std() < 1.05
+    assert model.blocks[0].qkv.weight.abs().max() <= 1 / 8  # uniform within 1 / sqrt(C)
+
+
+def test_an_output_bias_is_added_at_every_exit_learned_from_zero_or_fixed():
+    learned, fixed = make(output_bias='learned'), make(output_bias='unigram')
+    assert LoopedGPT(LoopedConfig(output_bias='learned')).output_bias.abs().max() == 0
+    assert learned.output_bias.requires_grad and not fixed.output_bias.requires_grad
+    idx, targets = batch()
+    for model in learned, fixed:
+        assert model.output_bias.shape == (61,) and 'output_bias' in model.state_dict()
+        h = model.states(idx)[1]
+        plain = model.expose(h, 2) @ model.tok_emb.weight.T
+        torch.testing.assert_close(model.readout(h, 2), plain + model.output_bias, atol=1e-5, rtol=1e-4)
+    learned.train()(idx, targets).loss.backward()
+    assert learned.output_bias.grad.abs().max() > 0
 
 
 def test_the_embedding_is_the_unembedding():
@@ -204,7 +265,8 @@ def test_the_embedding_is_the_unembedding():
     assert sum(p.numel() == 61 * 32 for p in model.parameters()) == 1
 
 
-@pytest.mark.parametrize('n_layer, n_head, n_embd, count', [(8, 8, 512, 43_934_208), (12, 12, 768, 128_822_016)])
+@pytest.mark.parametrize('n_layer, n_head, n_embd, count', [
+    (8, 8, 512, 43_934_208), (12, 12, 768, 128_822_016)])
 def test_the_models_of_the_paper_have_their_exact_sizes(n_layer, n_head, n_embd, count):
     with torch.device('meta'):
         model = LoopedGPT(LoopedConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=256,
@@ -213,10 +275,14 @@ def test_the_models_of_the_paper_have_their_exact_sizes(n_layer, n_head, n_embd,
 
 
 @pytest.mark.parametrize('field, value, allowed', [
-    ('loops', 0, 'at least 1'), ('n_layer', -1, 'at least 1'), ('loops', 2.5, 'whole number'), ('n_head', 5, 'multiple'),
-    ('readout', 'rsm', 'final_rms'), ('recurrence', 'none', 'damped'), ('supervision', 'all', 'per_loop'),
-    ('alpha', 1.1, 'at most 1'), ('alpha', -0.1, 'at least 0'), ('norm_penalty', -1.0, 'at least 0'),
-    ('norm_penalty', math.nan, 'at least 0'), ('norm_penalty', math.inf, 'finite'), ('dropout', 1.0, 'at most')])
+    ('loops', 0, 'from 1 to'), ('n_layer', -1, 'from 1 to'), ('loops', 2.5, 'whole'),
+    ('n_head', 5, 'multiple'), ('readout', 'rsm', 'final_rms'), ('recurrence', 'none', 'damped'),
+    ('supervision', 'all', 'per_loop'),
+    ('alpha', 1.1, 'to 1'), ('alpha', -0.1, 'from 0'), ('norm_penalty', -1.0, 'from 0'),
+    ('init', 'x', 'gpt2'), ('norm_penalty', math.nan, 'from 0'), ('norm_penalty', math.inf, 'from 0'),
+    ('dropout', 1.0, 'to 0.999'),
+    ('loops', 10 ** 9, 'to 10000'), ('n_embd', 10 ** 7, 'to 65536'), ('inject', '1', 'a number'),
+    ('loops', True, 'whole')])
 def test_a_config_that_cannot_work_names_the_field_the_value_and_what_is_allowed(field, value, allowed):
     with pytest.raises(ValueError) as e:
         LoopedConfig(**{field: value})
@@ -224,11 +290,24 @@ def test_a_config_that_cannot_work_names_the_field_the_value_and_what_is_allowed
     assert allowed in str(e.value)
 
 
+def test_a_field_that_a_fork_writes_plainly_works():
+    @dataclass
+    class Fork(LoopedConfig):
+        gate: bool = False
+        mode: str | None = None
+    assert LoopedGPT(Fork(gate=True)).cfg.gate and Fork(mode='x').mode == 'x'
+    with pytest.raises(ValueError, match='gate must be True or False, got 3'):
+        Fork(gate=3)
+
+
 def test_a_bad_call_says_so():
     model, (idx, _) = make(), batch()
+    cache = {}
+    model.states(idx[:, :5], cache=cache)
     for call in (lambda: model.states(idx, loops=0), lambda: model.states(idx.repeat(1, 2)),
                  lambda: model.states(idx[:, :0]), lambda: model.generate(idx, 1, temperature=-1.0),
-                 lambda: model.generate(idx, 1, top_k=0)):
+                 lambda: model.generate(idx, 1, top_k=0),
+                 lambda: model.states(idx[:, :2], cache=cache)):  # it would not be causal
         with pytest.raises(ValueError):
             call()
     with pytest.raises(IndexError):
@@ -267,17 +346,20 @@ def test_the_same_seed_samples_the_same_text_and_top_k_1_is_greedy():
     assert torch.equal(model.generate(idx, 0), idx)
 
 
-def test_flops_count_every_matrix_once_a_visit():
-    """By torch's own counter, which on the CPU does not see into attention: its share is added by formula."""
+def test_flops_count_every_matrix_once_per_visit():
+    """By torch's own counter. On the CPU it does not see into attention, whose share is added by formula;
+    that of the logits that backward computes again is taken off."""
     from torch.utils.flop_counter import FlopCounterMode
     for supervision in 'per_loop', 'terminal':
         model = make(supervision=supervision).train()
         idx, targets = batch()
         with FlopCounterMode(display=False) as counter:
             model(idx, targets).loss.backward()
-        matmuls = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'attention' not in str(op))
+        counts = counter.get_flop_counts()['Global'].items()
+        matmuls = sum(n for op, n in counts if 'attention' not in str(op))
         attention = 12 * 32 * 16 * model.cfg.n_layer * model.cfg.loops * idx.numel()
-        assert matmuls + attention == model.flops_per_token() * idx.numel()
+        again = 2 * 32 * 61 * (4 if supervision == 'per_loop' else 1) * idx.numel()
+        assert matmuls + attention - again == model.flops_per_token() * idx.numel()
 
 
 def test_compiled_regions_give_the_same_gradients_and_depth_compiles_nothing_new():
@@ -305,4 +387,4 @@ def test_compiled_regions_give_the_same_gradients_and_depth_compiles_nothing_new
             evaluated = stats['unique_graphs']
             model(idx, targets, loops=loops + 3)
         assert stats['unique_graphs'] == evaluated
-    assert graphs == [2, 2]  # a block and a chunk of an exit
+    assert graphs == [2, 2]  # a block, and the cross-entropy of an exit

@@ -14,15 +14,17 @@ from looped import LoopedGPT
 
 @pytest.fixture
 def trained(run, workplace):
-    assert run(train.main, '--dataset=text.txt', *TINY, '--loops=4', '--out_dir=r', '--max_iters=40', '--eval_interval=40')[0] == 0
+    code, _, _ = run(train.main, '--dataset=text.txt', *TINY, '--loops=4', '--out_dir=r', '--max_iters=40')
+    assert code == 0
     return lambda *flags: run(sample.main, 'r', '--device=cpu', '--max_new_tokens=30', *flags)
 
 
 def test_one_line_samples_at_a_depth(trained):
     code, out, err = trained('--prompt=line 7', '--loops=2', '--num_samples=3')
-    assert (code, err) == (0, '') and out.count('line 7') >= 3 and out.count('--- 2 loops') == 3
-    for part in 'state norm', 'tokens a second', 'seed 1', 'seed 2', 'seed 3':
+    assert code == 0 and out.count('line 7') >= 3 and out.count('--- 2 loops') == 3
+    for part in 'state norm', 'seed 1', 'seed 2', 'seed 3':
         assert part in out
+    assert err.count('tokens per second') == 3
 
 
 def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained, run):
@@ -30,7 +32,27 @@ def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained, run):
     assert [x.split()[1] for x in out.splitlines() if x.startswith('--- ')] == ['1', '2', '4', '8']
     texts = out.split('--- ')
     assert len(set(t.split('\n\n')[-1] for t in texts[:-1])) > 1  # depth makes a difference
-    assert run(sample.main, '--every_depth', 'r', '--device=cpu', '--max_new_tokens=1')[0] == 0  # in any order
+    assert 'each depth from seed 1' in out
+    assert run(sample.main, '--every_depth', 'r', '--device=cpu', '--max_new_tokens=1')[0] == 0  # any order
+
+
+def test_every_depth_begins_with_the_five_likeliest_next_tokens_of_each_depth(trained, workplace):
+    _, out, _ = trained('--prompt=line 7', '--every_depth')
+    rows = [x.split(' loops ') for x in out.splitlines() if ' loops ' in x and '---' not in x]
+    assert [int(depth) for depth, _ in rows] == [1, 2, 4, 8]
+    model, _, _ = train.load_checkpoint(workplace / 'r' / 'ckpt.pt')
+    p = model(torch.tensor([list(b'line 7')]), loops=2).logits[0, -1].softmax(-1)
+    shown = [float(x) for x in rows[1][1].split() if x.startswith('0.')]
+    assert shown == pytest.approx(p.topk(5).values.tolist(), abs=6e-4)
+
+
+def test_the_same_seed_gives_the_same_standard_output(trained):
+    assert trained('--seed=3', '--every_depth')[1] == trained('--seed=3', '--every_depth')[1]
+
+
+def test_endoftext_in_a_prompt_is_text(trained):
+    code, out, _ = trained('--prompt=<|endoftext|>')
+    assert code == 0 and out.startswith('<|endoftext|>')
 
 
 def test_the_same_seed_gives_the_same_text(trained):
@@ -45,7 +67,8 @@ def test_the_prompt_may_be_a_file_or_standard_input(trained, workplace, monkeypa
     a = trained('--prompt=FILE:p.txt')[1]
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((workplace / 'p.txt').read_bytes())))
     b = trained('--prompt=-')[1]
-    assert a.split('\n--- ')[0] == b.split('\n--- ')[0] and a.startswith('wörld ÿ\N{REPLACEMENT CHARACTER}')
+    assert a.split('\n--- ')[0] == b.split('\n--- ')[0]
+    assert a.startswith('wörld ÿ\N{REPLACEMENT CHARACTER}')
 
 
 def test_text_streams_and_bytes_that_are_no_utf8_show_as_replacement_characters(trained, monkeypatch, capsys):
@@ -58,12 +81,13 @@ def test_text_streams_and_bytes_that_are_no_utf8_show_as_replacement_characters(
             seen.append(capsys.readouterr().out)
     monkeypatch.setattr(LoopedGPT, 'stream', stream)
     _, out, _ = trained('--prompt=>')
-    assert seen == ['>', 'ä', '\N{REPLACEMENT CHARACTER}', 'b', ''] and out.startswith('\N{REPLACEMENT CHARACTER}\n---')
+    assert seen == ['>', 'ä', '\N{REPLACEMENT CHARACTER}', 'b', '']
+    assert out.startswith('\N{REPLACEMENT CHARACTER}\n---')
 
 
 def test_a_long_prompt_and_a_long_sample_go_past_the_window(trained):
     code, out, err = trained('--prompt=' + 'line 1: ' * 10, '--max_new_tokens=50')
-    assert (code, err) == (0, '') and len(out.split('\n--- ')[0].encode()) >= 80 + 25
+    assert code == 0 and len(out.split('\n--- ')[0].encode()) >= 80 + 25
 
 
 @pytest.mark.parametrize('flags, says', [
@@ -74,4 +98,6 @@ def test_mistakes_end_in_one_line(trained, run, flags, says):
     assert code == 1 and err.count('\n') == 1 and says in err
     code, _, err = run(sample.main, 'r', '--tempreature=1')
     assert code == 2 and 'did you mean --temperature?' in err
-    assert run(sample.main, 'r', '--temperature=-1')[0] == 2 and run(sample.main)[0] == 2
+    for flag in '--temperature=-1', '--temperature=1e300', f'--seed={2 ** 64}', f'--loops={10 ** 9}':
+        assert run(sample.main, 'r', flag)[0] == 2
+    assert run(sample.main)[0] == 2
