@@ -4,20 +4,29 @@ Train a looped language model on one device, or on several with torchrun.
     python train.py --readout=rms --loops=8
     torchrun --standalone --nproc_per_node=2 train.py --readout=rms --loops=8
 
-A run is a folder: log.jsonl (the flags, then a line a logged step or evaluation) and ckpt.pt.
+A run is a folder: log.jsonl (the flags, then one line per logged step or evaluation) and ckpt.pt.
 """
+
+import os
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported
 
 import argparse
 import difflib
 import gc
+import hashlib
 import importlib.util
 import json
 import math
-import os
-import signal
+import re
+import socket
 import sys
+import tempfile
+import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,70 +39,63 @@ from torch.nn.parallel import DistributedDataParallel
 from data.prepare import BUILTIN, UserError, prepare, read_meta
 from looped import LoopedConfig, LoopedGPT, flag
 
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}  # bf16
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12}  # bfloat16
 
 
 @dataclass
 class TrainConfig(LoopedConfig):
     """Every flag of train.py: the model's, then these."""
     dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
-    out_dir: str = flag('', 'folder of the run; named after the flags if left out')
-    batch_size: int = flag(8, 'sequences a micro-step and process', low=1)
-    gradient_accumulation_steps: int = flag(1, 'micro-steps an update', low=1)
+    out_dir: str = flag('', 'folder of the run; named after the flags if left out', result=False)
+    batch_size: int = flag(8, 'sequences per micro-step and process', low=1, high=2 ** 20)
+    gradient_accumulation_steps: int = flag(1, 'micro-steps per update', low=1, high=2 ** 20)
     max_iters: int = flag(1600, 'updates in all', low=1)
-    learning_rate: float = flag(6e-3, 'learning rate after warm-up', low=0)
+    learning_rate: float = flag(1e-3, 'learning rate after warm-up')
     lr_schedule: str = flag('constant', 'after warm-up', ('constant', 'cosine'))
-    min_lr: float = flag(0.0, 'where --lr_schedule=cosine ends', low=0)
-    warmup_iters: int = flag(50, 'iterations of linear warm-up', low=0)
-    weight_decay: float = flag(0.01, 'decoupled, on matrices only', low=0)
-    beta1: float = flag(0.9, 'AdamW', low=0, high=0.99999)
-    beta2: float = flag(0.95, 'AdamW', low=0, high=0.99999)
-    grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip', low=0)
-    seed: int = flag(1, 'of weights, batches and dropout', low=0, high=2 ** 32)
-    device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1')
-    dtype: str = flag('auto', 'of matrix products, not of the state; auto is float32, on cuda bfloat16 '
+    min_lr: float = flag(0.0, 'where --lr_schedule=cosine ends')
+    warmup_iters: int = flag(0, 'updates of linear warm-up')
+    weight_decay: float = flag(0.01, 'decoupled, on matrices only')
+    beta1: float = flag(0.9, 'of AdamW', high=0.99999)
+    beta2: float = flag(0.999, 'of AdamW', high=0.99999)
+    grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip')
+    seed: int = flag(1, 'of weights, batches and dropout', high=2 ** 32)
+    device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
+    dtype: str = flag('auto', 'of matrix products, not of the state; auto is float32, on cuda bfloat16\n'
                       '(float16 where there is none)', ('auto', 'float32', 'bfloat16', 'float16'))
-    compile: str = flag('auto', 'torch.compile; auto is True on cuda, else False', ('auto', 'True', 'False'))
-    checkpoint_loops: bool = flag(False, 'recompute inside each loop in backward: less memory, more time')
-    eval_interval: int = flag(200, 'iterations between evaluations, which also save', low=1)
-    eval_iters: int = flag(50, 'batches of a split an evaluation', low=1)
-    log_interval: int = flag(20, 'iterations between log lines', low=1)
-    resume: bool = flag(False, 'continue the run in out_dir')
-    overwrite: bool = flag(False, 'replace the run in out_dir')
-    eval_only: bool = flag(False, 'evaluate once and stop; with --resume, the checkpoint')
+    compile: str = flag('auto', 'torch.compile; auto: on cuda', ('auto', 'True', 'False'), result=False)
+    checkpoint_loops: bool = flag(False, 'compute each loop again in backward: less memory', result=False)
+    eval_interval: int = flag(200, 'updates between evaluations, which also save', low=1, result=False)
+    eval_iters: int = flag(50, 'batches per split and evaluation', low=1, high=2 ** 20, result=False)
+    log_interval: int = flag(20, 'updates between log lines', low=1, result=False)
+    resume: bool = flag(False, 'continue the run in out_dir; other flags may change', result=False)
+    overwrite: bool = flag(False, 'replace the run in out_dir', result=False)
+    eval_only: bool = flag(False, 'evaluate once and stop; with --resume, the checkpoint', result=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags, shared with sample.py and plot_norms.py
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() not in ('true', 'false', '1', '0'):
-        raise argparse.ArgumentTypeError(f'must be True or False, got {text!r}')
-    return text.lower() in ('true', '1')
+# Flags, errors and devices, shared with sample.py and plot_norms.py
 
 
 class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
+    too_large = 'batch_size'  # the flag to make smaller where memory does not suffice
 
     def __init__(self, config, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawTextHelpFormatter)
-        self.config = config
+        self.config, words = config, dict(true=True, false=False)
         for f in fields(config):
-            choices = f.metadata['choices']
+            choices = f.metadata.get('choices') or ()
+            kind = (lambda text: words.get(text.lower(), text)) if f.type is bool else f.type
             switch = dict(nargs='?', const=True) if f.type is bool or 'True' in choices else {}
-            self.add_argument(f'--{f.name}', type=parse_bool if f.type is bool else f.type,
-                              metavar='{' + ','.join(choices) + '}' if choices else f.type.__name__.upper(),
-                              help=f'{f.metadata["help"]} (default: {f.default!r})',
-                              default=argparse.SUPPRESS, **switch)
+            meaning = f'{f.metadata.get("help", "")} (default: {f.default!r})'.replace('%', '%%')
+            self.add_argument(f'--{f.name}', type=kind, default=argparse.SUPPRESS, help=meaning, **switch,
+                              metavar='{' + ','.join(choices) + '}' if choices else f.type.__name__.upper())
 
     def error(self, message):
-        if message.startswith('unrecognized arguments: '):
-            typed = message.split(': ', 1)[1].split()[0].split('=')[0]
-            near = difflib.get_close_matches(typed, self._option_string_actions, 1)
-            message = f'unknown argument {typed}' + (f'; did you mean {near[0]}?' if near else '')
-        self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
+        unknown = re.findall('unrecognized arguments: ([^ =]+)', message)
+        near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+        self.exit(2, f'{self.prog}: {message}{f"; did you mean {near[0]}?" if near else ""} (see --help)\n')
 
     def parse(self, argv=None):
         """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
@@ -101,11 +103,36 @@ class FlagParser(argparse.ArgumentParser):
         argv = [f'{word}=True' if word in switches else word  # so that it does not take the next word
                 for word in (sys.argv[1:] if argv is None else argv)]
         given = vars(self.parse_args(argv))
-        names = {f.name for f in fields(self.config)}
+        flags = {f.name: f.default for f in fields(self.config) if f.name in given}
+        free = ('seed', 'max_iters', 'warmup_iters', 'eval_interval', 'log_interval')  # these take no memory
+        sizes = [x for x in flags if type(flags[x]) is int and x not in free]
+        FlagParser.too_large = max(sizes, key=lambda x: given[x] // max(1, flags[x]), default='batch_size')
         try:
-            return self.config(**{k: v for k, v in given.items() if k in names}), given
+            return self.config(**{name: given[name] for name in flags}), given
         except ValueError as e:
             self.error(f'--{e}')
+
+
+def one_line_errors(main):
+    """Decorates a program's main(argv): what its user may cause ends in one line on stderr and exit code 1,
+    Ctrl-C in 130. Anything else is a bug, perhaps of a fork, and keeps its traceback."""
+    def program(argv=None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout.reconfigure(errors='replace')  # for a terminal that is not UTF-8
+        try:
+            sys.exit(main(argv))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as e:
+            if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
+                e = f'out of memory: try a smaller --{FlagParser.too_large}, or --checkpoint_loops to train'
+            elif not isinstance(e, (UserError, OSError)):
+                raise
+            print(f'{Path(main.__code__.co_filename).name}: {e}', file=sys.stderr, flush=True)
+        if dist.is_initialized():  # NCCL would wait here for the other ranks, and they wait for this one
+            os._exit(1)
+        sys.exit(1)
+    return program
 
 
 def pick_device(name: str) -> torch.device:
@@ -114,93 +141,186 @@ def pick_device(name: str) -> torch.device:
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
         why = str(e).splitlines()[0]
-        raise UserError(f'--device={name} does not work here ({why}); try --device=auto') from e
+        raise UserError(f'--device={name} does not work here ({why}): try --device=auto') from e
     return torch.device('cuda', torch.cuda.current_device()) if name == 'cuda' else device
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's folder and its checkpoint
+# A run's folder: its name, its lock, its log, its checkpoint
+
+
+def result_flags(cfg: TrainConfig) -> dict:
+    """The flags that change the result of a run and are not at their defaults, those of a fork among them."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg)
+            if f.metadata.get('result', True) and getattr(cfg, f.name) != f.default}
 
 
 def run_folder(cfg: TrainConfig) -> Path:
-    """cfg.out_dir, or a name made of the flags by which ablations differ, so that they land side by side."""
+    """cfg.out_dir, or a name made of the flags that change the result: ablations land side by side."""
     if cfg.out_dir:
         return Path(cfg.out_dir)
-    default = TrainConfig()
-    readout = f'alpha{cfg.alpha:g}' if cfg.readout == 'alpha' else cfg.readout
-    name = f'{Path(cfg.dataset).stem}-{readout}-{cfg.recurrence}-{cfg.supervision}'
-    for key, short in ('norm_penalty', 'pen'), ('loops', 'k'), ('learning_rate', 'lr'), ('seed', 's'):
-        if getattr(cfg, key) != getattr(default, key):
-            name += f'-{short}{getattr(cfg, key):g}'
-    return Path('out') / name
+    name = f'{cfg.dataset}-{cfg.readout}-{cfg.recurrence}-{cfg.supervision}'
+    short = dict(norm_penalty='pen', loops='k', learning_rate='lr', seed='s', max_iters='i')
+    for key, value in result_flags(cfg).items():
+        if key not in ('dataset', 'readout', 'recurrence', 'supervision'):
+            text = f'={value}' if isinstance(value, str) else '' if value is True else f'{value}'
+            name += f'-{short.get(key, key)}{text}'
+    return Path('out') / re.sub(r'[^\w.=+-]+', '_', name).lstrip('-._')
 
 
-def save_checkpoint(path: Path, state: dict):
-    """Write, flush, rename: whatever interrupts it, `path` holds a whole checkpoint, the new or the old."""
-    temporary = path.with_suffix('.tmp')
+def claim(cfg: TrainConfig):
+    """A lock on the run's folder, gone when the process is. Its file lies elsewhere: no folder is made before
+    all is checked. UserError: another process has the lock, or the folder holds a run that would be lost."""
+    if os.environ.get('RANK', '0') != '0' or (cfg.resume and cfg.eval_only):
+        return nullcontext()
+    out_dir = run_folder(cfg)
+    name = hashlib.sha256(os.fsencode(out_dir.resolve())).hexdigest()[:16]
+    lock = open(Path(tempfile.gettempdir(), f'looped-{name}.lock'), 'a')
     try:
-        with open(temporary, 'wb') as f:
-            torch.save(state, f)
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f'another process trains in {out_dir}: wait for it, or give another --out_dir') from e
+    except (ImportError, OSError):  # Windows, or a file system without locks: nothing is locked
+        pass
+    saved, logged = (out_dir / 'ckpt.pt').exists(), (out_dir / 'log.jsonl').exists()
+    if (saved and cfg.resume == cfg.overwrite) or (logged and not saved and not cfg.overwrite):
+        way = '--resume continues it' if saved else 'it has saved no checkpoint'
+        raise UserError(f'{out_dir} holds a run: {way}, --overwrite replaces it, or give another --out_dir')
+    return lock
+
+
+@contextmanager
+def replacing(path: Path, mode: str = 'wb'):
+    """Open a temporary file that becomes `path` in the end: whatever interrupts that, `path` is whole, the
+    new one or the old. UserError where it cannot be written."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, mode) as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
+        why = e.__context__ or e  # torch.save makes a RuntimeError of a full disk
         kept = 'the old one stays' if path.exists() else 'none is there'
-        raise UserError(f'could not save {path} ({e}); {kept}: make room and go on with --resume') from e
+        raise UserError(f'could not write {path} ({why}); {kept}: make room and try again') from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> tuple[LoopedGPT, TrainConfig, dict]:
-    """What a run saved: the model (on the CPU, in eval mode), its flags, and the dict with iter, optimizer,
-    scaler and corpus. UserError if the file is missing, truncated or something else."""
+def append(path: Path, line: dict):
     try:
-        state = dict(torch.load(path, map_location='cpu', weights_only=True))
-        cfg = TrainConfig(**state['config'])
-        model = LoopedGPT(cfg).eval()
-        model.load_state_dict(state['model'])
-        return model, cfg, {key: state[key] for key in ('iter', 'optimizer', 'scaler', 'corpus')}
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f'no checkpoint {path} (yet): give the folder of a run that has been trained') from e
-    except Exception as e:  # whatever a foreign file brings
-        raise UserError(f'{path} is truncated or is no checkpoint of this train.py ({type(e).__name__}): '
-                        f'delete it, or give another folder') from e
+        with open(path, 'a') as f:
+            f.write(json.dumps(line) + '\n')
+    except OSError as e:
+        raise UserError(f'could not write {path} ({e}): make room, and go on with --resume') from e
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl, up to one that was cut off."""
+    """The lines of log.jsonl: the flags, then lines that have `iter`. A last line that a kill cut short is
+    left out. UserError: any other line that train.py did not write."""
     lines = []
-    for line in path.read_text().splitlines():
+    for i, text in enumerate(path.read_bytes().splitlines(keepends=True) or [b'']):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            lines.append(json.loads(text))
+            if type(lines[i]['iter' if i else 'loops']) is not int:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            if i and not text.endswith(b'\n'):
+                return lines[:i]
+            raise UserError(f'{path}: line {i + 1} is not of train.py; mend it, or move the file away') from e
     return lines
+
+
+def begin_log(path: Path, cfg: TrainConfig, start: int, changed: dict):
+    """Write the flags and, at --resume, what was logged up to `start`, where an evaluation may come again."""
+    lines, change = [asdict(cfg)], dict(iter=start, changed=changed)
+    due = start % cfg.eval_interval == 0 or start == cfg.max_iters
+    if cfg.resume and path.exists():
+        lines += [x for x in read_log(path)[1:]
+                  if x['iter'] < start or (x['iter'] == start and not (due and 'bpb' in x))]
+    if changed and change not in lines:
+        lines.append(change)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, 'w') as f:
+        f.writelines(json.dumps(line) + '\n' for line in lines)
+    if not cfg.resume:
+        path.with_name('ckpt.pt').unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, model, optimizer, scaler, it: int, cfg: TrainConfig, meta: dict):
+    """Tensors and plain values only, so that torch.load(path, weights_only=True) reads it."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 iter=it, config=asdict(cfg), corpus=meta['hash'])
+    with replacing(path) as f:
+        torch.save(state, f)
+
+
+def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, TrainConfig, dict]:
+    """What a run saved, checked: the model (on the CPU, in eval mode), its flags with those `given` laid over
+    them, and the dict with iter, optimizer, scaler, corpus, and `changed`, the given ones that change the
+    result. UserError: missing, damaged, or with other parameters than this code builds with these flags."""
+    try:
+        state = dict(torch.load(path, map_location='cpu', weights_only=True))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f'no checkpoint {path} (yet): give the folder of a run that has been trained') from e
+    except Exception as e:  # whatever a foreign file brings
+        if isinstance(e, (OSError, MemoryError)) or "can't allocate memory" in str(e):
+            raise
+        raise UserError(f'{path} is truncated or is no checkpoint ({type(e).__name__})') from e
+    try:
+        saved, it, corpus = TrainConfig(**state['config']), state['iter'], state['corpus']
+        cfg = replace(saved, **{'overwrite': False, 'eval_only': False, **(given or {})})
+        have = {name: tuple(t.shape) for name, t in state['model'].items()}
+        moments = [(i, k, t.shape) for i, m in state['optimizer']['state'].items() for k, t in m.items()]
+        if type(it) is not int or not 0 <= it <= 10 ** 9 or type(corpus) is not str:
+            raise ValueError(f'iter is {it!r} and corpus {corpus!r}')
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{path} does not fit this train.py and these flags ({type(e).__name__}: {e})') from e
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.metadata.get('result', True) and getattr(cfg, f.name) != getattr(saved, f.name)}
+    with torch.device('meta'):
+        want = {name: tuple(t.shape) for name, t in LoopedGPT(cfg).state_dict().items()}
+    for name in {**want, **have}:
+        if have.get(name) != want.get(name):
+            flags = ' '.join(f'--{key}={value}' for key, value in changed.items()) or 'its flags'
+            raise UserError(f'{path} is not of the model that this code builds with {flags}: {name} has '
+                            f'shape {have.get(name)} there, and {want.get(name)} here')
+    model = LoopedGPT(cfg).eval()
+    model.load_state_dict(state.pop('model'))
+    params = [p for group in configure_optimizer(model, cfg).param_groups for p in group['params']]
+    for i, name, shape in moments:  # a fused step would write beyond the end of a smaller one
+        if i not in range(len(params)) or shape != (() if name == 'step' else params[i].shape):
+            raise UserError(f'{path}: {name} of parameter {i} has shape {tuple(shape)}, which is wrong')
+    return model, cfg, dict(state, changed=changed)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def load_tokens(cfg: TrainConfig) -> tuple[dict, dict]:
-    """({'train': tokens, 'val': tokens}, meta): memory-mapped uint16, prepared first if need be."""
+def load_tokens(cfg: TrainConfig, corpus: str | None = None) -> tuple[dict, dict]:
+    """({'train': tokens, 'val': tokens}, meta): memory-mapped uint16, prepared first if need be.
+    UserError where `corpus`, the hash that a run keeps, is of another text."""
     folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
+    meta = read_meta(folder)
+    if corpus not in (None, meta['hash']):
+        raise UserError(f'{cfg.dataset} is not the text that this run was trained on: start another run')
     tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
-    for split, t in tokens.items():
-        if t.max() >= cfg.vocab_size:
-            raise UserError(f'{folder}/{split}.bin holds token {t.max()}, outside vocab_size '
-                            f'{cfg.vocab_size}: delete the folder, and it is prepared again')
-    return tokens, read_meta(folder)
+    if (largest := max(t.max() for t in tokens.values())) >= cfg.vocab_size:
+        raise UserError(f'{folder} holds token {largest}, outside vocab_size {cfg.vocab_size}: delete that '
+                        f'folder, and the corpus is prepared again')
+    return tokens, meta
 
 
 def windows(tokens, starts, block_size: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """idx and targets, each (len(starts), block_size) int64, in one read of the memory map."""
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    if device.type == 'cuda':
-        ids = ids.pin_memory().to(device, non_blocking=True)
-    ids = ids.to(device)
+    ids = (ids.pin_memory() if device.type == 'cuda' else ids).to(device, non_blocking=True)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -219,6 +339,54 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The parts of the recipe
+
+
+def say(line: str):
+    """Print, in the first of several processes."""
+    if os.environ.get('RANK', '0') == '0':
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
+            sys.stdout = open(os.devnull, 'w')
+
+
+def start_process(cfg: TrainConfig) -> tuple[int, int, torch.device]:
+    """(rank, world, device) of this process, the only one or one of torchrun's."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    own_gpu = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
+    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if own_gpu else cfg.device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
+        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
+                        'not restore the random state: leave one of them out')
+    if device.type == 'cpu' and cfg.n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(1)  # threads that share so little work wait for each other on a busy machine
+    if world > 1:  # a large corpus may take rank 0 an hour to fetch and prepare
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return rank, world, device
+
+
+def watch_signals() -> list:
+    """[0], which becomes [signal] when Ctrl-C or SIGTERM asks for a stop before the next step. The second one
+    ends the process: a thread waits for it, as Python's own handlers wait for a long call into C to end."""
+    asked, (reader, writer) = [0], socket.socketpair()
+
+    def ask(signum, _):
+        asked[0] = asked[0] or signum
+
+    def watch():
+        reader.recv(1)
+        say('stopping and saving (once more: at once, without saving)')
+        os._exit(128 + reader.recv(1)[0])
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for s in signal.SIGINT, signal.SIGTERM:
+        signal.signal(s, ask)
+    threading.Thread(target=watch, daemon=True).start()
+    return asked
 
 
 def learning_rate(cfg: TrainConfig, it: int) -> float:
@@ -230,85 +398,82 @@ def learning_rate(cfg: TrainConfig, it: int) -> float:
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def configure_optimizer(model: LoopedGPT, cfg: TrainConfig, device) -> torch.optim.AdamW:
+def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                             fused=device.type in ('cpu', 'cuda'))
+                             fused=matrices[0].device.type in ('cpu', 'cuda'))
+
+
+@torch.no_grad()
+def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=(0,)) -> dict:
+    """Cross-entropy at every exit, of both splits; of val also the norm at every loop, and bits per byte at
+    the last exit: means over cfg.eval_iters batches, or over one where a stop is asked for."""
+    model.eval()
+    mean = {}
+    for split in 'train', 'val':
+        outs = []
+        for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, model.tok_emb.weight.device):
+            with autocast:
+                out = model(idx, targets)
+            outs.append(torch.stack((out.losses, out.norms)))
+            if asked[0]:
+                break
+        mean[split] = torch.stack(outs).mean(0).tolist()
+    model.train()
+    (train_losses, _), (val_losses, norms) = mean['train'], mean['val']
+    bpb = val_losses[-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
+    return dict(train_losses=train_losses, val_losses=val_losses, norms=norms, bpb=bpb)
+
+
+def check_finite(good: int, it: int, numbers: list, ckpt_path: Path):
+    """UserError where not all went well up to iteration `it`, or where one of the numbers is not finite."""
+    if good < it or not all(map(math.isfinite, numbers)):
+        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'nothing is saved yet'
+        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {good}; {kept}. '
+                        f'Try a smaller --learning_rate')
 
 
 def train(cfg: TrainConfig, given: dict) -> int:
     """The recipe. `given` holds the flags that were typed; --resume lays them over the run's own.
     Gives the exit code: 0, or 128 + the signal that stopped the run."""
-    # One process, or one of torchrun's
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    master = rank == 0
-
-    def say(line):
-        if master:
-            try:
-                print(line, flush=True)
-            except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
-                sys.stdout = open(os.devnull, 'w')
-
-    # The folder, and what is in it
+    # The folder, the process, the corpus. Nothing on disk changes before all that can fail early has passed.
     out_dir, state = run_folder(cfg), None
     log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
-    if cfg.resume and cfg.overwrite:
-        raise UserError('--resume continues a run and --overwrite replaces it: give one of them')
     if cfg.resume:
-        model, saved, state = load_checkpoint(ckpt_path)
-        for f in fields(LoopedConfig):
-            if f.name in given and given[f.name] != getattr(saved, f.name):
-                raise UserError(f'--{f.name}={given[f.name]} contradicts {ckpt_path}, which was trained with '
-                                f'{getattr(saved, f.name)}: leave the flag out, or start another run')
-        cfg = replace(saved, **{'overwrite': False, 'eval_only': False, **given})
-    elif master and not cfg.overwrite and (log_path.exists() or ckpt_path.exists()):
-        raise UserError(f'{out_dir} holds a run: continue it with --resume, replace it with --overwrite, '
-                        f'or give another --out_dir')
-
-    # The device of this process, and the corpus
-    own_gpu = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
-    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if own_gpu else cfg.device)
-    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
-        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
-                        'not restore the random state: leave one of them out')
-    cuda = device.type == 'cuda'
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:  # a large corpus may take rank 0 an hour to fetch and prepare
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
-        if not master:
-            dist.barrier()
-    tokens, meta = load_tokens(cfg)
-    if world > 1 and master:
+        model, cfg, state = load_checkpoint(ckpt_path, given)
+    rank, world, device = start_process(cfg)
+    master, cuda = rank == 0, device.type == 'cuda'
+    if not master:
+        dist.barrier()  # until the first has prepared the corpus
+    tokens, meta = load_tokens(cfg, state and state['corpus'])
+    if master and world > 1:
         dist.barrier()
-    if state and state['corpus'] != meta['hash']:
-        raise UserError(f'{cfg.dataset} is not the text that {ckpt_path} was trained on: start another run')
 
     # Model and optimizer
-    dtype = cfg.dtype
-    if dtype == 'auto':
-        half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        dtype = half if cuda else 'float32'
+    half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    dtype = cfg.dtype if cfg.dtype != 'auto' else half if cuda else 'float32'
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
     if not state:
         torch.manual_seed(cfg.seed)
         model = LoopedGPT(cfg)
+        if cfg.output_bias == 'unigram':  # every token counts once more than it occurs
+            counts = 1 + np.bincount(tokens['train'], minlength=cfg.vocab_size)
+            model.output_bias.data = torch.from_numpy(counts / counts.sum()).log().float()
+    model.checkpoint_loops = cfg.checkpoint_loops
     model.to(device).train()
-    optimizer = configure_optimizer(model, cfg, device)
+    optimizer, start, changed = configure_optimizer(model, cfg), 0, {}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-    start = 0
     if state:
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
-        if state['scaler'] and scaler.is_enabled():
+        if state.get('scaler') and scaler.is_enabled():
             scaler.load_state_dict(state['scaler'])
-        start, state = state['iter'], None
+        start, changed, state = state['iter'], state['changed'], None
         say(f'resumed at iteration {start} of {cfg.max_iters}'
+            + ''.join(f', {name} is now {value}' for name, value in changed.items())
             + (', so nothing is left to do: raise --max_iters' if start >= cfg.max_iters else ''))
-    model.checkpoint_loops = cfg.checkpoint_loops
     compiled = cfg.compile == 'True' or (cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
                                          and torch.cuda.get_device_capability(device) >= (7, 0))
     if compiled:
@@ -319,108 +484,37 @@ def train(cfg: TrainConfig, given: dict) -> int:
         wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
     peak = next((flops for name, flops in PEAK_FLOPS.items()
                  if cuda and dtype != 'float32' and name in torch.cuda.get_device_name(device)), None)
-    count = sum(p.numel() for p in model.parameters())
-    say(f'{count:,} parameters, {cfg.n_layer} blocks x {cfg.loops} loops, readout {cfg.readout}, '
-        f'recurrence {cfg.recurrence}, supervision {cfg.supervision}'
-        + (f', norm penalty {cfg.norm_penalty:g}' if cfg.norm_penalty else ''))
-    say(f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
+    say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_layer} blocks x {cfg.loops} '
+        f'loops, readout {cfg.readout}, recurrence {cfg.recurrence}, supervision {cfg.supervision}\n'
+        f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
-
-    # What the loop below does now and then, at its iteration `it`
-    it = start
-    good = torch.tensor(start, device=device)  # counts with `it` while loss and gradient are finite
-    asked = [0]  # the signal that asks for a stop; no tensor, as it may come while dynamo traces
-
-    def diverged(at):
-        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'none was saved yet'
-        raise UserError(f'the loss, its gradient or a weight is not finite at iteration {at}; {kept}. '
-                        f'Try a smaller --learning_rate, or --grad_clip=1')
-
-    def check():  # waits for the device, so only where something else does
-        if good.item() < it or scaler.get_scale() < 2 ** -10:  # float16 that skips every step
-            diverged(good.item())
-
-    def save():
-        save_checkpoint(ckpt_path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                        scaler=scaler.state_dict(), iter=it, config=asdict(cfg),
-                                        corpus=meta['hash']))
-
-    @torch.no_grad()
-    def evaluate() -> dict | None:
-        """Print and return cross-entropy at every exit, of both splits; of val also the state norm at every
-        loop, and bits per byte at the last exit. None where a stop is asked for meanwhile."""
-        model.eval()
-        mean = {}
-        for split in 'train', 'val':
-            outs = []
-            for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, device):
-                if asked[0]:
-                    return None
-                with autocast:
-                    out = model(idx, targets)
-                outs.append(torch.stack((out.losses, out.norms)))
-            mean[split] = torch.stack(outs).mean(0).tolist()
-        model.train()
-        (train_losses, _), (val_losses, norms) = mean['train'], mean['val']
-        if not all(map(math.isfinite, val_losses + norms)):
-            diverged(it)
-        bpb = val_losses[-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
-        say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {" ".join(f"{x:.3f}" for x in val_losses)}  '
-            f'({bpb:.3f} bits per byte)\n'
-            f'             state norm, loops 1..{cfg.loops}: {" ".join(f"{x:.1f}" for x in norms)}')
-        return dict(iter=it, train_losses=train_losses, val_losses=val_losses, norms=norms, bpb=bpb)
-
-    if cfg.eval_only:
-        if master:
-            evaluate()
-        return 0
-
-    if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lines = [asdict(cfg)]
-        if cfg.resume:  # what was logged after the checkpoint happens again, as does an evaluation due at it
-            due = start % cfg.eval_interval == 0 or start == cfg.max_iters
-            lines += [x for x in read_log(log_path)[1:]
-                      if x['iter'] < start or x['iter'] == start and ('loss' in x or not due)]
-        else:
-            ckpt_path.unlink(missing_ok=True)
-        temporary = log_path.with_suffix('.tmp')
-        temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-        os.replace(temporary, log_path)
-        log = open(log_path, 'a', buffering=1)  # a line at a time
-
-    # Ctrl-C and SIGTERM ask for a stop before the next step; a second one does not wait
-    def ask(signum, _):
-        if asked[0]:
-            os._exit(128 + signum)
-        asked[0] = signum
-        if master:
-            with suppress(OSError):
-                os.write(1, b'stopping and saving (once more: at once, without saving)\n')
-    for s in signal.SIGINT, signal.SIGTERM:
-        signal.signal(s, ask)
+    batch = train_batch(tokens['train'], cfg, rank, start, device)
+    next(eval_batches(tokens['val'], cfg, cfg.eval_iters, device))
+    asked, writes = watch_signals(), master and not cfg.eval_only
+    if writes:
+        begin_log(log_path, cfg, start, changed)
 
     # The loop
-    clock, logged = time.perf_counter(), start
-    batch = train_batch(tokens['train'], cfg, rank, it, device)
+    it, clock, logged = start, time.perf_counter(), start
+    good = torch.tensor(start, device=device)  # counts with `it` while loss and gradient are finite
     while True:
-        if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters):
-            check()
-            if line := evaluate():
-                log.write(json.dumps(line) + '\n')
-                if it > start:
-                    save()
+        if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters or cfg.eval_only):
+            line = evaluate(model, cfg, tokens, meta, autocast, asked)
+            check_finite(good.item(), it, line['val_losses'] + line['norms'], ckpt_path)
+            if not asked[0]:
+                ce = ' '.join(f'{x:.3f}' for x in line['val_losses'])
+                norms = ' '.join(f'{x:.1f}' for x in line['norms'])
+                say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {ce}  ({line["bpb"]:.3f} bits per byte)\n'
+                    f'             state norm, loops 1..{cfg.loops}: {norms}')
+                if writes:
+                    append(log_path, dict(iter=it, **line))
+                if writes and it > start:
+                    save_checkpoint(ckpt_path, model, optimizer, scaler, it, cfg, meta)
             clock, logged = time.perf_counter(), it
         stop = torch.tensor(asked)
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop before the same step
-        if stop.item():
-            if master:
-                check()
-                save()
-            launch = 'python' if world == 1 else 'torchrun …'
-            say(f'stopped at iteration {it}; go on with: {launch} train.py --resume --out_dir={out_dir}')
-        if stop.item() or it >= cfg.max_iters:
+        if stop.item() or it >= cfg.max_iters or cfg.eval_only:
             break
 
         lr = learning_rate(cfg, it)
@@ -429,10 +523,11 @@ def train(cfg: TrainConfig, given: dict) -> int:
         torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of these alone
         loss = 0.0
         for i, (idx, targets) in enumerate(zip(*(x.split(cfg.batch_size) for x in batch)), 1):
-            last = i == cfg.gradient_accumulation_steps  # only then do the gradients of all processes meet
-            with autocast, nullcontext() if last or world == 1 else wrapped.no_sync():
+            if world > 1:  # only in the last micro-step do the gradients of all processes meet
+                wrapped.require_backward_grad_sync = i == cfg.gradient_accumulation_steps
+            with autocast:
                 out = wrapped(idx, targets)
-                scaler.scale(out.loss / cfg.gradient_accumulation_steps).backward()
+            scaler.scale(out.loss / cfg.gradient_accumulation_steps).backward()
             loss += out.loss.detach() / cfg.gradient_accumulation_steps
         batch = train_batch(tokens['train'], cfg, rank, it + 1, device)  # while the GPU is still busy
         scaler.unscale_(optimizer)
@@ -445,8 +540,9 @@ def train(cfg: TrainConfig, given: dict) -> int:
         it += 1
 
         if master and (it % cfg.log_interval == 0 or it == cfg.max_iters):
-            loss, norms = loss.item(), out.norms.tolist()
-            check()
+            loss, norms = loss.item(), out.norms.tolist()  # the device is waited for here, and nowhere above
+            stuck = scaler.get_scale() < 2 ** -10  # float16 skips every step
+            check_finite(good.item(), it + stuck, norms, ckpt_path)
             seconds = (time.perf_counter() - clock) / (it - logged)
             clock, logged = time.perf_counter(), it
             rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * world / seconds
@@ -454,31 +550,26 @@ def train(cfg: TrainConfig, given: dict) -> int:
             mfu = f'  mfu {rate / world * model.flops_per_token() / peak:.1%}' if peak else ''
             say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
                 f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
-            log.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
+            append(log_path, dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3))
 
+    if stop.item() and writes:
+        line = evaluate(model, cfg, tokens, meta, autocast, asked=[stop.item()])
+        check_finite(good.item(), it, line['val_losses'] + line['norms'], ckpt_path)
+        save_checkpoint(ckpt_path, model, optimizer, scaler, it, cfg, meta)
+        say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
     if world > 1:
         dist.barrier()  # no rank leaves while another still talks to it
+        del wrapped
+        gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
+        dist.destroy_process_group()
     return 128 + stop.item() if stop.item() else 0
 
 
+@one_line_errors
 def main(argv=None):
     cfg, given = FlagParser(TrainConfig, __doc__).parse(argv)
-    try:
-        code = train(cfg, given)
-    except (UserError, OSError) as e:
-        code = f'train.py: {e}'
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        code = (f'train.py: out of memory ({str(e).splitlines()[0]}): try --checkpoint_loops, or a smaller '
-                f'--batch_size with more --gradient_accumulation_steps')
-    except KeyboardInterrupt:  # before the loop, where there is nothing to save
-        code = 130
-    if dist.is_initialized():
-        if isinstance(code, str):  # NCCL would wait here for the other ranks, and they wait for this one
-            print(code, file=sys.stderr, flush=True)
-            os._exit(1)
-        gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
-        dist.destroy_process_group()
-    sys.exit(code)
+    with claim(cfg):
+        return train(cfg, given)
 
 
 if __name__ == '__main__':

@@ -3,10 +3,15 @@
 import json
 import math
 import os
-import resource
+import re
+import shutil
 import signal
+import socket
+import sys
+import threading
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +21,57 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from conftest import REPO, TINY
-from looped import READOUTS, RECURRENCES, LoopedConfig, LoopedGPT
+from looped import READOUTS, RECURRENCES, LoopedGPT, flag
 from train import FlagParser, TrainConfig, learning_rate, main, train_batch
 
 TEXT = ['--dataset=text.txt', *TINY]
+CPU = torch.device('cpu')
+posix = pytest.mark.skipif(os.name != 'posix', reason='signals and locks as POSIX has them')
 
 
 def log(folder):
     return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
 
 
-def weights(folder):
-    return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
+def checkpoint(folder):
+    return torch.load(folder / 'ckpt.pt', weights_only=True)
 
 
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same_weights(a, b):
+    a, b = checkpoint(a)['model'], checkpoint(b)['model']
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tree(folder):
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def assert_one_line(result, *says, code=1):
+    got, _, err = result
+    assert got == code and err.count('\n') == 1 and (code == 2 or err.startswith('train.py: ')), result
+    for part in says:
+        assert part in err
+    assert 'rm ' not in err and 'delete it' not in err
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp('finished') / 'r'
+
+
+@pytest.fixture
+def trained(run, workplace, finished):
+    """A run of six updates in the folder r: trained for the first test that asks, copied for the others."""
+    if not finished.exists():
+        assert run(main, *TEXT, '--out_dir=r')[0] == 0
+        shutil.move(workplace / 'r', finished)
+    return shutil.copytree(finished, workplace / 'r')
+
+
+@pytest.fixture
+def resume(run):
+    """resume(flags…) goes on with the run in the folder r."""
+    return lambda *flags: run(main, '--out_dir=r', '--resume', *flags)
 
 
 # Flags
@@ -41,53 +81,76 @@ def test_help_lists_every_flag_with_default_and_meaning(run):
     code, out, _ = run(main, '--help')
     assert code == 0
     for f in fields(TrainConfig):
-        line = next(x for x in out.split('options:')[1].split('\n  --') if x.startswith(f.name + ' ')
-                    or x.startswith(f.name + '\n'))
-        assert f.metadata['help'] in line and f'(default: {f.default!r})' in line
+        line = next(x for x in out.split('options:')[1].split('\n  --') if re.match(f.name + r'\s', x))
+        assert f.metadata['help'].split('\n')[0] in line and f'(default: {f.default!r})' in line
         assert all(choice in line for choice in f.metadata['choices'] or [])
 
 
 @pytest.mark.parametrize('typed, want', [
-    ('--loops=5', 5), ('--loops 5', 5), ('--compile=False', 'False'), ('--compile', 'True'), ('--resume', True),
-    ('--resume=False', False), ('--learning_rate=3e-4', 3e-4), ('--readout layernorm', 'layernorm')])
+    ('--loops=5', 5), ('--loops 5', 5), ('--compile=False', 'False'), ('--compile', 'True'),
+    ('--resume', True), ('--resume=False', False), ('--learning_rate=3e-4', 3e-4), ('--readout raw', 'raw')])
 def test_flags_are_typed_as_in_nanogpt(typed, want):
     cfg, given = FlagParser(TrainConfig, '').parse(typed.split())
     assert list(given.values()) == [want] and getattr(cfg, *given) == want
 
 
 @pytest.mark.parametrize('typed, says', [
-    ('--redout=rms', 'did you mean --readout?'), ('--n-layer=3', 'did you mean --n_layer?'), ('--loop=3', '--loops'),
-    ('--readout=rsm', 'rms, layernorm, raw, final_rms, alpha'), ('--loops=0', 'at least 1'), ('--loops=two', "'two'"),
-    ('--n_head=5', 'multiple of n_head'), ('--alpha=2', 'at most 1'), ('--norm_penalty=-1', 'at least 0'),
-    ('--compile=maybe', 'auto, True, False'), ('--resume=perhaps', 'True or False'), ('--batch_size=0', 'at least 1')])
+    ('--redout=rms', 'did you mean --readout?'), ('--n-layer=3', 'did you mean --n_layer?'),
+    ('--loop=3', '--loops'), ('--readout=rsm', 'one of rms, layernorm, raw'), ('--loops=0', 'from 1 to'),
+    ('--loops=two', "'two'"), ('--n_head=5', 'multiple of n_head'), ('--alpha=2', 'from 0 to 1'),
+    ('--norm_penalty=-1', 'from 0'), ('--compile=maybe', 'auto, True, False'),
+    ('--resume=perhaps', 'True or False'), ('--batch_size=0', 'from 1'), ('--learning_rate=nan', 'from 0'),
+    ('--max_iters=1e20', "'1e20'"), ('--max_iters=100000000000000000000', 'to'),
+    ('--n_embd=1000000', 'to 65536'), ('--loops=1000000000', 'to 10000'),
+    ('--seed=18446744073709551616', 'to'), (f'--batch_size={10 ** 400}', 'to 1048576'),
+    ('--eval_iters=1000000000000', 'to 1048576'), ('--block_size=1000000000', 'to 1048576')])
 def test_a_mistyped_flag_ends_in_one_line_that_names_it(run, workplace, typed, says):
-    code, out, err = run(main, typed)
-    assert code == 2
-    assert out == ''
-    assert err.count('\n') == 1
-    assert says in err and typed.split('=')[0].strip('-').split('-')[0] in err
-    assert not (workplace / 'out').exists() and not list((workplace / 'data').iterdir())
+    before = tree(workplace)
+    result = run(main, typed)
+    assert_one_line(result, says, code=2)
+    assert result[1] == '' and typed.split('=')[0].strip('-').split('-')[0] in result[2]
+    assert tree(workplace) == before and not (workplace / 'out').exists()
 
 
 def test_the_readme_names_no_flag_that_does_not_exist():
-    import re
     known = {f.name for f in fields(TrainConfig)}
     for line in (REPO / 'README.md').read_text().splitlines():
         for command in re.findall(r'train\.py ([^`]*)', line):
             assert set(re.findall(r'--([a-z0-9_]+)', command)) <= known | {'help'}, line
 
 
+@dataclass
+class Forked(TrainConfig):
+    gate: bool = False                                  # a plain field, as a forker writes it
+    sandwich: float = flag(0.0, '50% of nothing')       # and one with a meaning
+    note: str = flag('', 'changes nothing', result=False)
+
+
+def test_a_field_of_a_fork_is_in_help_folder_and_run_by_itself(run, resume, workplace, monkeypatch):
+    monkeypatch.setattr(train, 'TrainConfig', Forked)
+    out = run(main, '--help')[1]
+    assert re.search(r'--gate \[BOOL\] +\(default: False\)', out) and '50% of nothing (default: 0.0)' in out
+    cfg = Forked(gate=True, sandwich=0.5, note='x')
+    assert train.result_flags(cfg) == dict(gate=True, sandwich=0.5)
+    assert train.run_folder(cfg).name == 'python-rms-residual-per_loop-gate-sandwich0.5'
+    assert run(main, *TEXT, '--gate', '--out_dir=r')[0] == 0
+    assert log(workplace / 'r')[0]['gate'] is checkpoint(workplace / 'r')['config']['gate'] is True
+    code, out, _ = resume('--max_iters=7', '--gate=False')
+    assert code == 0 and 'gate is now False' in out
+    assert_one_line(run(main, '--gate=7'), '--gate must be True or False', code=2)
+
+
 # Runs
 
 
 @pytest.mark.parametrize('flags', [
-    *([f'--readout={r}'] for r in READOUTS), *([f'--recurrence={r}'] for r in RECURRENCES), ['--supervision=terminal'],
-    ['--norm_penalty=0.01'], ['--supervision=terminal', '--norm_penalty=0.01', '--readout=alpha', '--alpha=0.2'],
+    *([f'--readout={r}'] for r in READOUTS), *([f'--recurrence={r}'] for r in RECURRENCES),
+    ['--supervision=terminal'], ['--norm_penalty=0.01'], ['--inject=1'], ['--output_bias=unigram'],
+    ['--supervision=terminal', '--norm_penalty=0.01', '--readout=alpha', '--alpha=0.2', '--init=gpt2'],
     ['--lr_schedule=cosine', '--gradient_accumulation_steps=2', '--grad_clip=0'], ['--dtype=bfloat16'],
     ['--checkpoint_loops', '--dropout=0.1'], ['--loops=1', '--recurrence=rms']], ids=' '.join)
 def test_every_option_trains_and_lowers_the_loss(run, workplace, flags):
-    code, out, err = run(main, *TEXT, '--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2', *flags,
-                         '--out_dir=r')
+    code, out, err = run(main, *TEXT, '--max_iters=30', '--eval_interval=30', *flags, '--out_dir=r')
     assert (code, err) == (0, '')
     lines = log(workplace / 'r')
     assert lines[0]['readout'] == next((f.split('=')[1] for f in flags if 'readout' in f), 'rms')
@@ -96,9 +159,9 @@ def test_every_option_trains_and_lowers_the_loss(run, workplace, flags):
     loops = lines[0]['loops']
     assert len(last['val_losses']) == len(last['train_losses']) == len(last['norms']) == loops
     steps = [x for x in lines[1:] if 'loss' in x]
-    assert [x['iter'] for x in steps] == list(range(1, 31)) and steps[0].keys() == {'iter', 'loss', 'norms', 'lr', 'ms'}
-    state = torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)
-    assert state['iter'] == 30 and state['config'] == lines[0]
+    assert [x['iter'] for x in steps] == list(range(1, 31))
+    assert steps[0].keys() == {'iter', 'loss', 'norms', 'lr', 'ms'}
+    assert checkpoint(workplace / 'r')['iter'] == 30 and checkpoint(workplace / 'r')['config'] == lines[0]
 
 
 def test_what_a_person_reads_while_it_trains(run, workplace):
@@ -107,38 +170,55 @@ def test_what_a_person_reads_while_it_trains(run, workplace):
     for part in 'loss', 'norm', '->', 'ms', 'tok/s', 'left':
         assert part in step
     assert 'val CE at exits 1..3' in out and 'bits per byte' in out and 'state norm, loops 1..3' in out
-    assert 'cpu' in out and 'preparing text.txt' in out and 'out/text-rms-residual-per_loop-k3' in out
+    assert 'cpu' in out and 'preparing text.txt' in out
+    assert 'run folder out/text.txt-rms-residual-per_loop-' in out
+
+
+def test_a_terminal_that_is_not_utf8_and_a_folder_that_is_not_ascii_train(run, workplace):
+    sys.stdout.reconfigure(encoding='ascii', errors='strict')  # PYTHONIOENCODING=ascii
+    code, out, err = run(main, *TEXT, '--out_dir=été')
+    assert (code, err) == (0, '') and 'run folder ?t?' in out and (workplace / 'été' / 'ckpt.pt').exists()
 
 
 def test_ablations_land_side_by_side_by_themselves():
     names = [train.run_folder(TrainConfig(**f)).name for f in (
-        {}, dict(norm_penalty=0.01), dict(loops=4), dict(seed=2), dict(learning_rate=1e-4), dict(readout='raw'),
-        dict(readout='alpha', alpha=0.25), dict(recurrence='damped'), dict(supervision='terminal'), dict(dataset='a/b.txt'))]
+        {}, dict(norm_penalty=0.01), dict(loops=4), dict(seed=2), dict(seed=20240101), dict(seed=20240102),
+        dict(learning_rate=1e-4), dict(readout='raw'), dict(readout='alpha', alpha=0.25), dict(inject=1.0),
+        dict(recurrence='damped'), dict(supervision='terminal'), dict(n_layer=3), dict(batch_size=9),
+        dict(dataset='a/x.txt'), dict(dataset='b/x.md'), dict(dataset='../-texts'), dict(dataset='.hidden'))]
     assert len(set(names)) == len(names) and names[0] == 'python-rms-residual-per_loop'
     assert names[1].endswith('-pen0.01') and names[2].endswith('-k4') and names[3].endswith('-s2')
+    assert names[4].endswith('-s20240101') and not [name for name in names if name[0] in '-.']
+    for unseen in dict(device='cpu'), dict(log_interval=1), dict(resume=True), dict(compile='True'):
+        assert train.run_folder(TrainConfig(**unseen)).name == names[0]
 
 
-def test_bits_per_byte_is_cross_entropy_over_the_bytes_of_the_validation_text(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    line = [x for x in log(workplace / 'r') if 'bpb' in x][-1]
+def test_bits_per_byte_is_cross_entropy_over_the_bytes_of_the_validation_text(trained):
+    line = [x for x in log(trained) if 'bpb' in x][-1]
     assert line['bpb'] == pytest.approx(line['val_losses'][-1] / np.log(2))  # one token is one byte here
 
 
-def test_eval_only_evaluates_a_checkpoint_and_leaves_the_run_alone(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    before = {p.name: p.read_bytes() for p in (workplace / 'r').iterdir()}
-    code, out, _ = run(main, '--out_dir=r', '--resume', '--eval_only')
-    last = [x for x in log(workplace / 'r') if 'bpb' in x][-1]
+def test_the_unigram_bias_is_the_log_frequency_of_each_token_and_is_not_trained(run, workplace):
+    run(main, *TEXT, '--out_dir=r', '--output_bias=unigram')
+    tokens = np.fromfile(next((workplace / 'data').glob('*/train.bin')), np.uint16)
+    counts = np.bincount(tokens, minlength=256) + 1
+    want = torch.from_numpy(np.log(counts / counts.sum())).float()
+    torch.testing.assert_close(checkpoint(workplace / 'r')['model']['output_bias'], want)
+
+
+def test_eval_only_evaluates_a_checkpoint_and_leaves_the_run_alone(resume, trained):
+    before = tree(trained)
+    code, out, _ = resume('--eval_only')
+    last = [x for x in log(trained) if 'bpb' in x][-1]
     assert code == 0 and 'eval      6' in out and ' '.join(f'{x:.3f}' for x in last['val_losses']) in out
-    assert {p.name: p.read_bytes() for p in (workplace / 'r').iterdir()} == before
+    assert tree(trained) == before
 
 
-def test_eval_only_names_a_checkpoint_that_gives_no_finite_loss(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    state = torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)
+def test_eval_only_names_a_checkpoint_that_gives_no_finite_loss(resume, trained):
+    state = checkpoint(trained)
     state['model']['pos_emb.weight'].fill_(math.nan)
-    torch.save(state, workplace / 'r' / 'ckpt.pt')
-    assert_one_line(run(main, '--out_dir=r', '--resume', '--eval_only'), 'not finite at iteration 6')
+    torch.save(state, trained / 'ckpt.pt')
+    assert_one_line(resume('--eval_only'), 'not finite at iteration 6')
 
 
 def test_the_learning_rate_warms_up_and_then_stays_or_follows_a_cosine():
@@ -148,227 +228,453 @@ def test_the_learning_rate_warms_up_and_then_stays_or_follows_a_cosine():
     assert [learning_rate(cfg, it) for it in (9, 10, 60, 110)] == pytest.approx([1, 1, 0.55, 0.1])
 
 
+def test_a_small_model_on_the_cpu_takes_one_thread_unless_the_user_says_otherwise(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    train.start_process(TrainConfig(device='cpu'))
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    train.start_process(TrainConfig(device='cpu', n_embd=512))
+    assert threads == []
+    train.start_process(TrainConfig(device='cpu'))
+    assert threads == [1]
+
+
 def test_weight_decay_is_for_matrices_only():
-    cfg = TrainConfig(weight_decay=0.3)
-    optimizer = train.configure_optimizer(LoopedGPT(LoopedConfig(recurrence='damped')), cfg, torch.device('cpu'))
+    cfg = TrainConfig(weight_decay=0.3, recurrence='damped')
+    model = LoopedGPT(cfg)
+    optimizer = train.configure_optimizer(model, cfg)
     decay = {p.dim(): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
     assert decay == {0: 0.0, 1: 0.0, 2: 0.3}
-    assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(LoopedGPT(LoopedConfig(recurrence='damped')).parameters()))
+    assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 
 # Batches
 
 
 def test_a_batch_is_a_function_of_seed_rank_and_iteration():
-    tokens, cpu = np.arange(5000, dtype=np.uint16), torch.device('cpu')
-    cfg = TrainConfig(batch_size=4, gradient_accumulation_steps=3, block_size=8, seed=1)
-    def get(rank, it, c=cfg):
-        return train_batch(tokens, c, rank, it, cpu)
+    def get(rank, it, seed=1):
+        cfg = TrainConfig(seed=seed, batch_size=4, gradient_accumulation_steps=3, block_size=8)
+        return train_batch(np.arange(5000, dtype=np.uint16), cfg, rank, it, CPU)
     idx, targets = get(0, 7)
     assert idx.shape == targets.shape == (12, 8) and idx.dtype == torch.int64
     assert torch.equal(targets, idx + 1) and torch.equal(idx, idx[:, :1] + torch.arange(8))
     assert torch.equal(get(0, 7)[0], idx)
-    for other in get(1, 7), get(0, 8), get(0, 7, TrainConfig(batch_size=4, gradient_accumulation_steps=3, block_size=8, seed=2)):
+    for other in get(1, 7), get(0, 8), get(0, 7, seed=2):
         assert not torch.equal(other[0], idx)
 
 
 def test_the_shortest_corpus_has_one_window():
-    cfg = TrainConfig(block_size=8, batch_size=2)
-    idx, targets = train_batch(np.arange(9), cfg, 0, 0, torch.device('cpu'))
+    idx, targets = train_batch(np.arange(9), TrainConfig(block_size=8, batch_size=2), 0, 0, CPU)
     assert idx[0].tolist() == list(range(8)) and targets[0, -1] == 8
 
 
 # Resuming
 
 
-@pytest.mark.parametrize('flags', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2', '--lr_schedule=cosine']],
-                         ids=' '.join)
+@posix
+@pytest.mark.parametrize('flags', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2',
+                                        '--lr_schedule=cosine', '--output_bias=unigram']], ids=' '.join)
 @pytest.mark.parametrize('during, call, stops_at', [
-    ('learning_rate', 5, 5), ('learning_rate', 6, 6), ('eval_batches', 1, 0), ('eval_batches', 4, 3), ('eval_batches', 6, 6)])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, workplace, monkeypatch, flags, during, call,
-                                                                     stops_at):
+    ('learning_rate', 5, 5), ('learning_rate', 6, 6), ('eval_batches', 2, 0), ('eval_batches', 5, 3)])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(run, resume, workplace, monkeypatch, flags, during, call,
+                                                    stops_at):
+    """Ctrl-C in the middle of a step or of an evaluation."""
     run(main, *TEXT, *flags, '--out_dir=whole')
     real, calls = getattr(train, during), []
 
-    def interrupt(*args):  # Ctrl-C in the middle of a step or of an evaluation
+    def interrupt(*args):
         calls.append(args)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
     monkeypatch.setattr(train, during, interrupt)
-    code, out, _ = run(main, *TEXT, *flags, '--out_dir=parts')
-    assert code == 130 and f'stopped at iteration {stops_at}; go on with: python train.py --resume --out_dir=parts' in out
-    assert torch.load(workplace / 'parts' / 'ckpt.pt', weights_only=True)['iter'] == stops_at
-    code, out, _ = run(main, '--out_dir=parts', '--resume')
+    code, out, _ = run(main, *TEXT, *flags, '--out_dir=r')
+    assert code == 130
+    assert f'stopped at iteration {stops_at}; go on with: python train.py --resume --out_dir=r' in out
+    assert checkpoint(workplace / 'r')['iter'] == stops_at
+    code, out, _ = resume()
     assert code == 0 and f'resumed at iteration {stops_at} of 6' in out
-    assert_same_weights(weights(workplace / 'whole'), weights(workplace / 'parts'))
+    assert same_weights(workplace / 'whole', workplace / 'r')
 
     def timeless(folder):
         return [{k: v for k, v in x.items() if k not in ('ms', 'out_dir', 'resume')} for x in log(folder)]
-    assert timeless(workplace / 'whole') == timeless(workplace / 'parts')
+    assert timeless(workplace / 'whole') == timeless(workplace / 'r')
 
 
-def test_a_run_killed_after_its_checkpoint_logs_the_lost_iterations_once(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    lines = (workplace / 'r' / 'log.jsonl').read_text()
+def test_a_run_killed_after_its_checkpoint_logs_the_lost_iterations_once(resume, run, trained):
+    lines = (trained / 'log.jsonl').read_text()
     run(main, *TEXT, '--out_dir=r', '--overwrite', '--max_iters=3')
-    (workplace / 'r' / 'log.jsonl').write_text(lines)  # as if it had run on and been killed with SIGKILL
-    run(main, '--out_dir=r', '--resume', '--max_iters=6')
-    iters = [x['iter'] for x in log(workplace / 'r')[1:] if 'loss' in x]
-    assert iters == [1, 2, 3, 4, 5, 6] and [x['iter'] for x in log(workplace / 'r')[1:] if 'bpb' in x] == [0, 3, 6]
+    (trained / 'log.jsonl').write_text(lines)  # as if it had run on and been killed with SIGKILL
+    resume('--max_iters=6')
+    assert [x['iter'] for x in log(trained)[1:] if 'loss' in x] == [1, 2, 3, 4, 5, 6]
+    assert [x['iter'] for x in log(trained)[1:] if 'bpb' in x] == [0, 3, 6]
 
 
-def test_a_run_can_be_made_longer(run, workplace):
+def test_a_run_can_be_made_longer(resume, run, workplace):
     run(main, *TEXT, '--out_dir=long', '--max_iters=9')
     run(main, *TEXT, '--out_dir=r', '--max_iters=5')
-    run(main, '--out_dir=r', '--resume', '--max_iters=9')
-    assert_same_weights(weights(workplace / 'long'), weights(workplace / 'r'))
+    resume('--max_iters=9')
+    assert same_weights(workplace / 'long', workplace / 'r')
     assert [x['iter'] for x in log(workplace / 'r')[1:] if 'bpb' in x] == [0, 3, 5, 6, 9]
+    code, out, _ = resume()
+    assert code == 0 and 'nothing is left to do: raise --max_iters' in out
+
+
+@pytest.mark.parametrize('typed', [
+    '--norm_penalty=1', '--alpha=0.1', '--dropout=0.5', '--n_head=1', '--loops=5', '--inject=1', '--seed=2',
+    '--supervision=terminal', '--weight_decay=9'])
+def test_a_flag_that_changes_at_resume_acts_and_is_printed_and_logged(run, resume, workplace, typed):
+    run(main, *TEXT, '--readout=alpha', '--out_dir=r')
+    shutil.copytree(workplace / 'r', workplace / 'unchanged')
+    run(main, '--out_dir=unchanged', '--resume', '--max_iters=8')
+    code, out, err = resume('--max_iters=8', typed)
+    name, value = typed[2:].split('=')
+    assert (code, err) == (0, '') and f'{name} is now {value}' in out.splitlines()[0]
+    change = next(x for x in log(workplace / 'r') if 'changed' in x)
+    assert change['iter'] == 6 and set(change['changed']) == {name, 'max_iters'}
+    assert str(log(workplace / 'r')[0][name]) in (value, f'{value}.0')
+    assert not same_weights(workplace / 'r', workplace / 'unchanged')
+
+
+def test_a_change_is_logged_once_where_two_resumes_make_it_before_a_save(resume, trained, monkeypatch):
+    monkeypatch.setattr(train, 'save_checkpoint', lambda *args: None)  # as if each were killed
+    for _ in range(2):
+        resume('--max_iters=7', '--norm_penalty=0.1')
+    assert len([x for x in log(trained) if 'changed' in x]) == 1
+
+
+def test_flags_typed_at_resume_hold_and_the_others_are_those_of_the_run(resume, run, workplace):
+    run(main, *TEXT, '--out_dir=r', '--device=cpu:0')
+    code, out, _ = resume('--max_iters=7', '--weight_decay=0.5', '--dtype=bfloat16')
+    assert code == 0 and 'cpu:0 x 1, bfloat16' in out
+    state = checkpoint(workplace / 'r')
+    assert state['optimizer']['param_groups'][0]['weight_decay'] == state['config']['weight_decay'] == 0.5
+    assert log(workplace / 'r')[0] == state['config']
+
+
+@pytest.mark.parametrize('typed, says', [
+    ('--n_embd=32', 'r/ckpt.pt is not of the model that this code builds with --n_embd=32: '
+     'tok_emb.weight has shape (256, 16) there, and (256, 32) here'),
+    ('--n_layer=2', 'with --n_layer=2: blocks.1.norm_attn.weight has shape None there'),
+    ('--vocab_size=300', '--vocab_size=300'), ('--readout=raw', '--readout=raw'),
+    ('--recurrence=damped', '--recurrence=damped'), ('--output_bias=learned', '--output_bias=learned'),
+    ('--n_head=64', 'n_embd must be a multiple of n_head (64), got 16')])
+def test_resume_refuses_by_name_a_flag_that_changes_the_parameters(resume, trained, typed, says):
+    before = tree(trained)
+    assert_one_line(resume(typed), says)
+    assert tree(trained) == before
+    assert resume('--n_embd=16', '--max_iters=7')[0] == 0
+
+
+def test_resume_refuses_another_text(resume, trained, workplace):
+    (workplace / 'text.txt').write_text('another text ' * 1000)
+    assert_one_line(resume(), 'text.txt is not the text that this run was trained on')
 
 
 # Mistakes: one line, exit code 1, nothing changed on disk
 
 
-def tree(folder):
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
-
-
-def assert_one_line(result, *says):
-    code, _, err = result
-    assert code == 1 and err.count('\n') == 1 and err.startswith('train.py: '), err
-    for part in says:
-        assert part in err
-
-
 def test_a_folder_that_holds_a_run_is_not_overwritten_silently(run, workplace):
     run(main, *TEXT)
     before = tree(workplace)
-    assert_one_line(run(main, *TEXT), 'out/text-rms-residual-per_loop-k3 holds a run', '--resume', '--overwrite', '--out_dir')
+    result = run(main, *TEXT)
+    assert_one_line(result, 'out/text.txt-rms-', 'holds a run', '--resume', '--overwrite', '--out_dir')
     assert_one_line(run(main, *TEXT, '--eval_only'), 'holds a run', '--resume')
-    assert_one_line(run(main, *TEXT, '--resume', '--overwrite'), 'give one of them')
+    assert_one_line(run(main, *TEXT, '--resume', '--overwrite'), 'holds a run', '--resume', '--overwrite')
     assert tree(workplace) == before
     assert run(main, *TEXT, '--overwrite')[0] == 0
 
 
+@pytest.mark.parametrize('flags', [[], ['--resume']], ids=' '.join)
+def test_a_folder_with_a_log_and_no_checkpoint_says_overwrite(run, trained, flags):
+    (trained / 'ckpt.pt').unlink()
+    before = tree(trained)
+    result = run(main, *TEXT, '--out_dir=r', *flags)
+    assert_one_line(result, 'r holds a run: it has saved no checkpoint, --overwrite replaces it')
+    assert tree(trained) == before
+    assert run(main, *TEXT, '--out_dir=r', '--overwrite')[0] == 0
+
+
 @pytest.mark.parametrize('flags, says', [
     (['--dataset=nowhere.txt'], ['nowhere.txt', 'python, shakespeare, wikitext103']),
-    (['--dataset=shakespear'], ['did you mean shakespeare?']),
-    (['--dataset=empty.txt'], ['empty.txt', '0 train tokens']),
-    (['--dataset=short.txt'], ['short.txt', 'at least 17', 'block_size + 1', 'more text']),
-    (['--device=cuda:77'], ['cuda:77', 'auto']), (['--device=toaster'], ['toaster', 'auto']),
-    (['--vocab_size=100'], ['100', '256', '50257']), (['--vocab_size=60000'], ['60000', '50257']),
+    (['--dataset=short.txt'], ['short.txt', 'at least 17', 'block_size + 1']),
+    *(([f'--device={name}'], [f'--device={name}', '--device=auto'])
+      for name in ('cuda:77', 'toaster', 'meta', 'hpu', 'xla', 'cpu:-1')),
+    (['--vocab_size=100'], ['100', '256', '50257']),
     (['--resume'], ['no checkpoint', 'ckpt.pt', 'has been trained'])], ids=lambda x: ' '.join(x))
 def test_what_cannot_work_is_named(run, workplace, flags, says):
-    (workplace / 'empty.txt').touch()
     (workplace / 'short.txt').write_text('too short for a window of sixteen.')
     before = tree(workplace)
     assert_one_line(run(main, *TEXT, *flags), *says)
     assert tree(workplace) == before and not (workplace / 'out').exists()
 
 
+def overcommits():
+    setting = Path('/proc/sys/vm/overcommit_memory')
+    return setting.exists() and setting.read_text().strip() == '1'
+
+
+@pytest.mark.parametrize('flags, code, says', [
+    (['--batch_size=1000000000000'], 2, '--batch_size'), (['--eval_iters=1000000000000'], 2, '--eval_iters'),
+    (['--device=meta'], 1, '--device=meta'), (['--dataset=nowhere.txt'], 1, 'nowhere.txt'),
+    (['--eval_iters=1048576', '--batch_size=65536'], 1, 'out of memory: try a smaller --eval_iters')],
+    ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
+def test_overwrite_with_a_flag_that_cannot_work_leaves_the_old_run_alone(run, trained, flags, code, says):
+    if 'memory' in says and overcommits():
+        pytest.skip('this machine promises memory that it lacks')
+    before = tree(trained)
+    assert_one_line(run(main, *TEXT, '--out_dir=r', '--overwrite', *flags), says, code=code)
+    assert tree(trained) == before
+
+
+@pytest.mark.parametrize('flags, advice', [
+    (['--batch_size=512', '--loops=16', '--max_iters=1000000', '--log_interval=9999'], '--batch_size'),
+    (['--loops=9', '--seed=20240101', '--warmup_iters=500', '--eval_interval=100000'], '--loops'),
+    (['--n_embd=4096', '--n_layer=3'], '--n_embd'), (['--loops=4096'], '--loops'), ([], '--batch_size')],
+    ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
+def test_the_advice_where_memory_ends_names_the_flag_far_above_its_default(run, monkeypatch, flags, advice):
+    monkeypatch.setattr(train, 'LoopedGPT', lambda cfg: torch.empty(2 ** 50))
+    assert_one_line(run(main, '--dataset=text.txt', *flags), 'out of memory', f'try a smaller {advice},')
+    if sys.platform == 'linux':
+        with pytest.raises(RuntimeError, match="can't allocate memory"):  # what the CPU says of it
+            torch.empty(2 ** 50)
+
+
+@pytest.mark.parametrize('bug', [ValueError, RuntimeError, KeyError, AttributeError])
+@pytest.mark.parametrize('where', ['__init__', 'forward'])
+def test_a_bug_in_a_fork_keeps_its_traceback_also_at_resume(run, trained, monkeypatch, bug, where):
+    def broken(*args, **kwargs):
+        raise bug('in the fork')
+    monkeypatch.setattr(LoopedGPT, where, broken)
+    for flags in [*TEXT, '--out_dir=fork'], ['--out_dir=r', '--resume', '--max_iters=7']:
+        with pytest.raises(bug, match='in the fork'):
+            run(main, *flags)
+
+
 def test_checkpoint_loops_with_dropout_is_refused_on_mps(run, workplace, monkeypatch):
     monkeypatch.setattr(train, 'pick_device', lambda name: torch.device('mps'))
     before = tree(workplace)
-    assert_one_line(run(main, *TEXT, '--checkpoint_loops', '--dropout=0.1'), '--checkpoint_loops', '--dropout', 'MPS')
+    result = run(main, *TEXT, '--checkpoint_loops', '--dropout=0.1')
+    assert_one_line(result, '--checkpoint_loops', '--dropout', 'MPS')
     assert tree(workplace) == before
 
 
 def test_a_block_size_too_long_for_a_corpus_that_is_prepared_already_is_named(run, workplace):
     run(main, *TEXT)
     before = tree(workplace)
-    assert_one_line(run(main, *TEXT, '--block_size=500000', '--out_dir=r'), 'text.txt', 'at least 500001', 'more text')
+    assert_one_line(run(main, *TEXT, '--block_size=500000', '--out_dir=long'), 'text.txt', 'at least 500001')
     assert tree(workplace) == before
 
 
-def test_resume_refuses_a_model_flag_that_contradicts_the_checkpoint(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    before = tree(workplace)
-    assert_one_line(run(main, '--out_dir=r', '--resume', '--loops=5'), '--loops=5 contradicts', 'trained with 3')
-    assert tree(workplace) == before
-    assert run(main, '--out_dir=r', '--resume', '--loops=3', '--max_iters=7')[0] == 0
+def test_a_token_outside_the_vocabulary_is_named(run, workplace):
+    run(main, *TEXT)
+    path = next((workplace / 'data').glob('*/val.bin'))
+    path.write_bytes(np.full(path.stat().st_size // 2, 300, np.uint16).tobytes())
+    assert_one_line(run(main, *TEXT, '--out_dir=new'), 'token 300', 'vocab_size 256', 'delete that folder')
 
 
-def test_resume_refuses_another_text(run, workplace):
-    run(main, *TEXT, '--out_dir=r')
-    (workplace / 'text.txt').write_text('another text ' * 1000)
-    assert_one_line(run(main, '--out_dir=r', '--resume'), 'text.txt is not the text', 'r/ckpt.pt')
+# The log
 
 
-def test_flags_typed_at_resume_hold(run, workplace):
-    run(main, *TEXT, '--out_dir=r', '--device=cpu:0')
-    code, out, _ = run(main, '--out_dir=r', '--resume', '--max_iters=7', '--weight_decay=0.5', '--dtype=bfloat16')
-    assert code == 0 and 'cpu:0 x 1, bfloat16' in out  # the device is the run's own
-    state = torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)
-    assert state['optimizer']['param_groups'][0]['weight_decay'] == state['config']['weight_decay'] == 0.5
-    assert log(workplace / 'r')[0] == state['config']
+@pytest.mark.parametrize('damage', [
+    b'\x80\xff\x00\n', b'5\n', b'null\n', b'{"a":1}\n', b'"loops"\n', b'[]\n', b'', b'[' * 100000 + b'\n',
+    b'{"loops": 3, "it', b'{"loops": "three"}\n'], ids=lambda x: repr(x[:20]))
+@pytest.mark.parametrize('place', ['all', 'middle'])
+def test_a_log_that_train_did_not_write_is_named_and_not_shortened(resume, trained, damage, place):
+    lines = (trained / 'log.jsonl').read_bytes().splitlines(keepends=True)
+    if place == 'middle':
+        damage = b''.join(lines[:3]) + (damage or b'\n') + b''.join(lines[3:])
+    (trained / 'log.jsonl').write_bytes(damage)
+    before = tree(trained)
+    line = 4 if place == 'middle' else 1
+    assert_one_line(resume('--max_iters=9'), f'r/log.jsonl: line {line} is not of train.py')
+    assert tree(trained) == before
+    with pytest.raises(train.UserError):
+        train.read_log(trained / 'log.jsonl')
 
 
-def test_a_log_whose_last_line_was_cut_off_is_mended(run, workplace):
+def test_a_log_whose_last_line_was_cut_off_is_mended(resume, run, workplace):
     run(main, *TEXT, '--out_dir=whole', '--max_iters=9')
     run(main, *TEXT, '--out_dir=r')
     with open(workplace / 'r' / 'log.jsonl', 'a') as f:
         f.write('{"iter": 7, "lo')
-    assert run(main, '--out_dir=r', '--resume', '--max_iters=9')[0] == 0
-    assert [x.get('iter') for x in log(workplace / 'r')] == [x.get('iter') for x in log(workplace / 'whole')]
+    assert len(train.read_log(workplace / 'r' / 'log.jsonl')) == 10
+    assert resume('--max_iters=9')[0] == 0
+    iters = [x['iter'] for x in log(workplace / 'r')[1:] if 'changed' not in x]
+    assert iters == [x['iter'] for x in log(workplace / 'whole')[1:]]
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'foreign', 'text', 'empty', 'other_model', 'tensor'])
-def test_a_truncated_or_foreign_checkpoint_is_named(run, workplace, damage):
-    run(main, *TEXT, '--out_dir=r')
-    path = workplace / 'r' / 'ckpt.pt'
+def test_a_run_without_its_log_resumes(resume, trained):
+    (trained / 'log.jsonl').unlink()
+    assert resume('--max_iters=8')[0] == 0
+    assert [x['iter'] for x in log(trained)[1:] if 'loss' in x] == [7, 8]
+
+
+def full_disk(limit, call):
+    """call(), with no file able to grow beyond `limit` bytes."""
+    resource = pytest.importorskip('resource')
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        return call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_while_logging_names_the_file_and_leaves_no_other(resume, trained):
+    resume('--eval_only')  # prepares the corpus
+    size, before = (trained / 'log.jsonl').stat().st_size, tree(trained)
+    result = full_disk(size // 2, lambda: resume('--max_iters=9'))
+    assert_one_line(result, 'could not write r/log.jsonl', 'File too large', 'the old one stays', 'make room')
+    assert tree(trained) == before
+    result = full_disk(size + 300, lambda: resume('--max_iters=90', '--eval_interval=90'))
+    assert_one_line(result, 'could not write r/log.jsonl', 'File too large', '--resume')
+    assert {p.name for p in trained.iterdir()} == {'log.jsonl', 'ckpt.pt'}
+    assert resume('--max_iters=9')[0] == 0
+    assert [x['iter'] for x in log(trained) if 'loss' in x] == list(range(1, 10))
+
+
+# The checkpoint
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(resume, run, workplace):
+    run(main, *TEXT, '--out_dir=r', '--max_iters=3')
+    before = (workplace / 'r' / 'ckpt.pt').read_bytes()
+    result = full_disk(len(before) // 2, lambda: resume('--max_iters=6'))
+    assert_one_line(result, 'could not write r/ckpt.pt', 'File too large', 'the old one stays')
+    assert len(log(workplace / 'r')) > 3
+    assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
+    assert {p.name for p in (workplace / 'r').iterdir()} == {'log.jsonl', 'ckpt.pt'}
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'foreign', 'text', 'empty', 'tensor'])
+def test_a_truncated_or_foreign_checkpoint_is_named(resume, trained, damage):
+    says = 'does not fit' if damage == 'foreign' else 'truncated or is no checkpoint'
+    path = trained / 'ckpt.pt'
     if damage == 'truncated':
         path.write_bytes(path.read_bytes()[:-1000])
     elif damage == 'foreign':
         torch.save({'state_dict': {}}, path)
     elif damage == 'tensor':
         torch.save(torch.zeros(3), path)
-    elif damage == 'other_model':
-        torch.save({**torch.load(path, weights_only=True), 'model': {}}, path)
     else:
         path.write_text('' if damage == 'empty' else 'hello')
-    before = tree(workplace)
-    assert_one_line(run(main, '--out_dir=r', '--resume'), 'r/ckpt.pt', 'truncated or is no checkpoint')
-    assert tree(workplace) == before
+    before = tree(trained)
+    assert_one_line(resume(), 'r/ckpt.pt', says)
+    assert tree(trained) == before
 
 
-def test_a_token_outside_the_vocabulary_is_named_and_a_cut_file_is_prepared_again(run, workplace):
-    run(main, *TEXT)
-    path = next((workplace / 'data').glob('*/val.bin'))
-    good = path.read_bytes()
-    path.write_bytes(np.full(len(good) // 2, 300, np.uint16).tobytes())
-    assert_one_line(run(main, *TEXT, '--overwrite'), 'token 300', 'vocab_size 256', 'delete the folder')
-    path.write_bytes(good[:-3])
-    assert run(main, *TEXT, '--overwrite')[0] == 0 and path.read_bytes() == good
+SPOILT = dict(
+    moment=lambda state: state['optimizer']['state'][0].update(exp_avg=torch.zeros(3, 3)),
+    moment_of_nothing=lambda state: state['optimizer']['state'].update({99: dict(step=torch.tensor(1.0))}),
+    moment_of_a_word=lambda state: state['optimizer']['state'].update(word=dict(step=torch.tensor(1.0))),
+    moment_that_is_a_number=lambda state: state['optimizer']['state'][0].update(exp_avg=1.0),
+    step=lambda state: state['optimizer']['state'][1].update(step=torch.zeros(1000)),
+    no_optimizer=lambda state: state.pop('optimizer'),
+    iter=lambda state: state.update(iter=-1),
+    iter_that_is_text=lambda state: state.update(iter='3'),
+    iter_that_is_a_googol=lambda state: state.update(iter=10 ** 100),
+    corpus=lambda state: state.update(corpus=7),
+    weights_that_are_text=lambda state: state.update(model='weights'),
+    loops=lambda state: state['config'].update(loops=10 ** 9),
+    n_embd=lambda state: state['config'].update(n_embd=10 ** 7),
+    the_largest_size=lambda state: state['config'].update(n_layer=1000, n_embd=2 ** 16))
+
+
+@pytest.mark.parametrize('spoil', SPOILT)
+def test_a_checkpoint_that_would_crash_or_fill_the_machine_is_refused(resume, trained, spoil):
+    state = checkpoint(trained)
+    SPOILT[spoil](state)
+    torch.save(state, trained / 'ckpt.pt')
+    before = tree(trained)
+    assert_one_line(resume('--max_iters=9'), 'r/ckpt.pt')
+    assert tree(trained) == before
+
+
+@pytest.mark.parametrize('edit, says', [
+    ('missing', ['gate.weight', 'has shape None there, and (16, 16) here']),
+    ('misshapen', ['blocks.0.w1.weight', 'has shape (64, 16) there, and (48, 16) here']),
+    ('renamed', ['blocks.0.proj.weight', 'and None here'])])
+def test_after_an_edit_of_the_model_one_line_tells_what_differs(resume, trained, monkeypatch, edit, says):
+    class Edited(LoopedGPT):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            if edit == 'missing':
+                self.gate = torch.nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+            elif edit == 'misshapen':
+                self.blocks[0].w1 = torch.nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+            else:
+                del self.blocks[0].proj
+    monkeypatch.setattr(train, 'LoopedGPT', Edited)
+    before = tree(trained)
+    result = resume()
+    assert_one_line(result, 'r/ckpt.pt is not of the model that this code builds', *says)
+    assert 'truncated' not in result[2] and tree(trained) == before
+
+
+def test_a_checkpoint_of_a_fork_names_the_flag_that_this_code_lacks(resume, trained):
+    state = checkpoint(trained)
+    state['config']['gate'] = True
+    torch.save(state, trained / 'ckpt.pt')
+    result = resume()
+    assert_one_line(result, 'r/ckpt.pt does not fit this train.py', "'gate'")
+    assert 'truncated' not in result[2]
+
+
+@pytest.mark.parametrize('error, says', [
+    (PermissionError(13, 'Permission denied', 'r/ckpt.pt'), "Permission denied: 'r/ckpt.pt'"),
+    (MemoryError(), 'out of memory'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'out of memory')])
+def test_no_permission_and_no_memory_are_not_called_truncated(resume, trained, monkeypatch, error, says):
+    def load(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, 'load', load)
+    result = resume()
+    assert_one_line(result, says)
+    assert 'truncated' not in result[2]
+
+
+# Divergence
 
 
 @pytest.mark.parametrize('flags', [['--eval_interval=1'], ['--eval_interval=100']], ids=' '.join)
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(run, workplace, flags):
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(resume, run, workplace, flags):
     """Weights of 1e25 after one step: their squares are infinite, so is the next loss."""
     run(main, *TEXT, '--out_dir=r', '--max_iters=3')
     before = (workplace / 'r' / 'ckpt.pt').read_bytes()
-    result = run(main, '--out_dir=r', '--resume', '--max_iters=30', '--learning_rate=1e25', *flags)
-    assert_one_line(result, 'not finite at iteration 4', 'r/ckpt.pt is the last good checkpoint', '--learning_rate')
+    result = resume('--max_iters=30', '--learning_rate=1e25', *flags)
+    assert_one_line(result, 'not finite at iteration 4', 'r/ckpt.pt is the last good checkpoint')
+    assert '--learning_rate' in result[2] and 'grad_clip' not in result[2]  # 1 is the default
     assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
-    assert 'Infinity' not in (workplace / 'r' / 'log.jsonl').read_text()
+    text = (workplace / 'r' / 'log.jsonl').read_text()
+    assert 'Infinity' not in text and 'NaN' not in text
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(run, workplace):
+@posix
+def test_sigterm_in_the_update_in_which_the_weights_go_bad_keeps_the_good_checkpoint(run, resume, workplace,
+                                                                                     monkeypatch):
     run(main, *TEXT, '--out_dir=r', '--max_iters=3')
     before = (workplace / 'r' / 'ckpt.pt').read_bytes()
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        result = run(main, '--out_dir=r', '--resume', '--max_iters=6')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert_one_line(result, 'could not save r/ckpt.pt', 'the old one stays')
-    assert len(log(workplace / 'r')) > 3
-    assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before and not (workplace / 'r' / 'ckpt.tmp').exists()
+
+    def poison(cfg, it):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1e25
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'learning_rate', poison)
+        result = resume('--max_iters=30', '--log_interval=100')
+    assert_one_line(result, 'not finite at iteration 4', 'r/ckpt.pt is the last good checkpoint')
+    assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
+    assert resume('--max_iters=6')[0] == 0
 
 
-def test_a_kill_during_save_keeps_the_old_checkpoint(clone):
+# Kills, signals and races
+
+
+@posix
+def test_a_kill_during_save_keeps_the_old_checkpoint(resume, clone, monkeypatch):
     """SIGKILL between the first and the last byte of a save."""
     (clone.folder / 'kill.py').write_text('''
 import os, sys, torch, train
@@ -384,20 +690,38 @@ train.main(sys.argv[1:])
 ''')
     process = clone('kill.py', *TEXT, '--out_dir=r')
     process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert torch.load(clone.folder / 'r' / 'ckpt.pt', weights_only=True)['iter'] == 3
-    process = clone('train.py', '--out_dir=r', '--resume')
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert torch.load(clone.folder / 'r' / 'ckpt.pt', weights_only=True)['iter'] == 6
+    assert process.returncode == -signal.SIGKILL and checkpoint(clone.folder / 'r')['iter'] == 3
+    assert resume()[0] == 0
+    assert checkpoint(clone.folder / 'r')['iter'] == 6
+    assert {p.name for p in (clone.folder / 'r').iterdir()} == {'log.jsonl', 'ckpt.pt'}
 
 
-@pytest.mark.parametrize('signum, reader', [(signal.SIGINT, 'stays'), (signal.SIGTERM, 'stays'), (signal.SIGINT, 'leaves')])
+def wait_for(process, start):
+    return next(line for line in process.stdout if line.startswith(start))
+
+
+@posix
+def test_of_two_trainers_in_one_folder_the_second_gets_a_line(run, workplace, clone, monkeypatch):
+    """And one that was killed holds nothing."""
+    endless = [*TEXT, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=r']
+    first = clone('train.py', *endless)
+    wait_for(first, 'iter')
+    monkeypatch.setattr(train.tempfile, 'tempdir', clone.locks)
+    for flags in [], ['--resume'], ['--overwrite']:
+        assert_one_line(run(main, *endless, *flags), 'another process trains in r', '--out_dir')
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    lines = train.read_log(workplace / 'r' / 'log.jsonl')
+    assert [x['iter'] for x in lines[2:]] == list(range(1, len(lines) - 1))
+    assert run(main, *TEXT, '--out_dir=r', '--overwrite')[0] == 0
+
+
+@posix
+@pytest.mark.parametrize('signum, reader', [(signal.SIGTERM, 'stays'), (signal.SIGINT, 'leaves')])
 def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
     process = clone('train.py', *TEXT, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=r')
-    for line in process.stdout:
-        if line.startswith('iter'):
-            break
+    wait_for(process, 'iter')
     if reader == 'leaves':  # python train.py | tee log: the same Ctrl-C ends tee
         process.stdout.close()
         process.send_signal(signum)
@@ -406,11 +730,46 @@ def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
         process.send_signal(signum)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 128 + signum and err == ''
-    iteration = torch.load(clone.folder / 'r' / 'ckpt.pt', weights_only=True)['iter']
+    iteration = checkpoint(clone.folder / 'r')['iter']
     assert reader == 'leaves' or f'stopped at iteration {iteration};' in out
     assert log(clone.folder / 'r')[-1]['iter'] == iteration
 
 
+@posix
+def test_a_second_ctrl_c_inside_one_long_call_into_c_ends_the_process_at_once(clone):
+    (clone.folder / 'long.py').write_text('''
+import hashlib, sys, train
+def learning_rate(cfg, it):
+    print("a long call", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 30)
+train.learning_rate = learning_rate
+train.main(sys.argv[1:])
+''')
+    process = clone('long.py', *TEXT, '--out_dir=r')
+    wait_for(process, 'a long call')
+    deadline = threading.Timer(20, process.kill)
+    deadline.start()
+    time.sleep(1)  # so that the call has begun
+    process.send_signal(signal.SIGINT)
+    wait_for(process, 'stopping and saving (once more: at once')
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and process.stderr.read() == ''
+    deadline.cancel()
+
+
+@posix
+@pytest.mark.parametrize('program', ['train.py', 'sample.py', 'plot_norms.py'])
+def test_ctrl_c_while_importing_gives_no_traceback(clone, program):
+    for name in 'numpy', 'torch', 'matplotlib':
+        text = 'import time\nprint("importing", flush=True)\ntime.sleep(60)\n'
+        (clone.folder / f'{name}.py').write_text(text)
+    process = clone(program)
+    wait_for(process, 'importing')
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and process.stderr.read() == ''
+
+
+@posix
 def test_ctrl_c_while_dynamo_traces_saves_a_checkpoint(run, workplace, monkeypatch):
     """Tensors made by the handler itself would be fake there."""
     def interrupt(cfg, it):
@@ -418,61 +777,78 @@ def test_ctrl_c_while_dynamo_traces_saves_a_checkpoint(run, workplace, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
         return 1e-3
     monkeypatch.setattr(train, 'learning_rate', interrupt)
-    code, out, err = run(main, *TEXT, '--out_dir=r')
+    code, out, err = run(main, *TEXT, '--out_dir=r', '--log_interval=100')
     assert code == 130 and 'stopped at iteration 1' in out and err == ''
-    assert torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)['iter'] == 1
+    assert checkpoint(workplace / 'r')['iter'] == 1
+
+
+def test_nothing_that_windows_lacks_is_imported_at_the_top():
+    lacking = re.compile(r'^(import|from) (fcntl|resource|termios|pwd|grp)\b', re.MULTILINE)
+    for name in 'train.py', 'looped.py', 'sample.py', 'plot_norms.py', 'data/prepare.py':
+        assert not lacking.search((REPO / name).read_text()), name
 
 
 # Several processes
 
 
 def test_two_processes_train_as_one_on_the_joint_batch_and_stop_together(clone, monkeypatch):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *TEXT]
-    process = clone(*torchrun, '--out_dir=two', '--gradient_accumulation_steps=2')
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
+    process = clone(*torchrun, *TEXT, '--out_dir=two', '--gradient_accumulation_steps=2')
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert out.count('iter      6/6') == 1 and 'cpu x 2' in out  # rank 0 alone prints and writes
 
     monkeypatch.chdir(clone.folder)
-    cfg = torch.load('two/ckpt.pt', weights_only=True)['config']
-    cfg = TrainConfig(**cfg)
+    cfg = TrainConfig(**checkpoint(clone.folder / 'two')['config'])
     tokens = np.memmap(next((clone.folder / 'data').glob('*_256/train.bin')), np.uint16, 'r')
     torch.manual_seed(cfg.seed)
     model = LoopedGPT(cfg)
-    optimizer = train.configure_optimizer(model, cfg, torch.device('cpu'))
+    optimizer = train.configure_optimizer(model, cfg)
     for it in range(cfg.max_iters):
-        batches = [train_batch(tokens, cfg, rank, it, torch.device('cpu')) for rank in (0, 1)]
+        batches = [train_batch(tokens, cfg, rank, it, CPU) for rank in (0, 1)]
         assert not torch.equal(batches[0][0], batches[1][0])
         idx, targets = (torch.cat(x) for x in zip(*batches))
         states = model.states(idx)
-        loss = sum(F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten()) for h in states) / len(states)
+        losses = [F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten()) for h in states]
         optimizer.zero_grad()
-        loss.backward()
+        (sum(losses) / len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(cfg, it)
         optimizer.step()
-    for name, got in weights(clone.folder / 'two').items():
+    for name, got in checkpoint(clone.folder / 'two')['model'].items():
         torch.testing.assert_close(got, model.state_dict()[name], atol=2e-5, rtol=1e-3)
 
-    process = clone(*torchrun, '--out_dir=stopped', '--max_iters=1000000', '--eval_interval=1000000')
-    for line in process.stdout:
-        if line.startswith('iter'):
-            break
+    process = clone(*torchrun, *TEXT, '--out_dir=stopped', '--max_iters=1000000', '--eval_interval=1000000')
+    wait_for(process, 'iter')
     start = time.time()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0 and 'stopped at iteration' in out and time.time() - start < 60
-    assert torch.load(clone.folder / 'stopped' / 'ckpt.pt', weights_only=True)['iter'] > 0
+    assert checkpoint(clone.folder / 'stopped')['iter'] > 0
+
+
+def test_eval_only_in_two_processes_ends_in_both(run, clone, monkeypatch):
+    monkeypatch.chdir(clone.folder)
+    assert run(main, *TEXT, '--out_dir=r')[0] == 0
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        meet = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    ranks = [clone('train.py', '--out_dir=r', '--resume', '--eval_only', env={**meet, 'RANK': rank})
+             for rank in '01']
+    (out, err), other = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], err
+    assert out.count('eval      6') == 1 and other[0] == ''
 
 
 # Precision and the GPU
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('flags', [['--dtype=bfloat16'], ['--dtype=float16'], ['--compile=False'], ['--checkpoint_loops']])
+@pytest.mark.parametrize('flags', [['--dtype=bfloat16'], ['--dtype=float16'], ['--compile=False'],
+                                   ['--checkpoint_loops']], ids=' '.join)
 def test_on_a_gpu_every_precision_trains(run, workplace, flags):
-    code, out, err = run(main, *TEXT, '--device=cuda', '--max_iters=30', '--learning_rate=1e-2', *flags)
+    code, out, err = run(main, *TEXT, '--device=cuda', '--max_iters=30', *flags, '--out_dir=r')
     assert code == 0 and 'cuda' in out
-    first, *_, last = [x for x in log(workplace / 'out' / 'text-rms-residual-per_loop-k3-lr0.01') if 'bpb' in x]
+    first, *_, last = [x for x in log(workplace / 'r') if 'bpb' in x]
     assert last['bpb'] < first['bpb'] - 0.5
