@@ -256,8 +256,6 @@ class LoopedGPT(nn.Module):
             loss = loss + self.cfg.norm_penalty * torch.stack([h.square().mean() for h in states]).mean()
         return Output(loss, losses.detach(), norms, None)
 
-    # Generation
-
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
                temperature: float = 1.0, top_k: int | None = None) -> Iterator[torch.Tensor]:
@@ -287,8 +285,6 @@ class LoopedGPT(nn.Module):
                  temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
         """idx (B, T) and its continuation by `stream`: (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, loops, temperature, top_k)], dim=1)
-
-    # For a GPU
 
     def compile_regions(self):
         """torch.compile one block, which every layer and loop reuses, and the cross-entropy of an exit: what

@@ -31,8 +31,8 @@ from PIL import Image
 
 from data.prepare import UserError
 from looped import LoopedGPT, flag, validate
-from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
-                   pick_device, read_log, replacing, result_flags)
+from train import (FlagParser, TrainConfig, choose_threads, eval_batches, load_checkpoint, load_tokens,
+                   one_line_errors, pick_device, read_log, replacing, result_flags)
 
 matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 
@@ -396,8 +396,7 @@ def measure(path: Path, cfg: PlotConfig, device) -> dict:
             raise UserError(f'{path / "log.jsonl"} has other flags than this train.py ({e})') from e
     model, run, state = load_checkpoint(path / 'ckpt.pt')
     result = describe(run, state['iter'], log)
-    if device.type == 'cpu' and run.n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(1)  # on a busy machine, threads wait for each other
+    choose_threads(run, device)
     tokens, _ = load_tokens(run, state['corpus'])
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
     return result | {p: PANELS[p](model.to(device), batches) for p in cfg.panels.split(',') if PANELS[p]}

@@ -21,7 +21,7 @@ import torch
 
 from data.prepare import UserError, get_tokenizer
 from looped import LoopedGPT, flag, validate
-from train import FlagParser, load_checkpoint, one_line_errors, pick_device
+from train import FlagParser, choose_threads, load_checkpoint, one_line_errors, pick_device
 
 
 @dataclass
@@ -36,19 +36,17 @@ class SampleConfig:
     seed: int = flag(1, 'of the first sample; the next has seed + 1', high=2 ** 32)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu')
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 def read_prompt(prompt: str) -> str:
     """The text itself, of FILE:path or of standard input. UserError if there is none."""
-    if prompt == '-':
-        prompt = sys.stdin.buffer.read().decode('utf-8', errors='replace')
-    elif prompt.startswith('FILE:'):
-        prompt = Path(prompt[5:]).read_bytes().decode('utf-8', errors='replace')
-    if not prompt:
+    text = prompt.encode(errors='replace')
+    if prompt == '-' or prompt.startswith('FILE:'):
+        text = sys.stdin.buffer.read() if prompt == '-' else Path(prompt[5:]).read_bytes()
+    if not text:
         raise UserError('the prompt is empty: give at least one character')
-    return prompt
+    return text.decode(errors='replace')
 
 
 @torch.no_grad()
@@ -60,7 +58,6 @@ def likeliest(model: LoopedGPT, encoding, idx: torch.Tensor, depths: list[int]):
         top = logits.float().softmax(-1).topk(min(5, len(logits)))
         row = zip(top.indices.tolist(), top.values.tolist())
         print(f'{depth:>4} loops', *(f'{encoding.decode([i])!r:>8} {p:.3f}' for i, p in row))
-    print()
 
 
 def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
@@ -72,8 +69,7 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
         print(decoder.decode(encoding.decode_single_token_bytes(new.item())), end='', flush=True)
         idx = torch.cat((idx, new), dim=1)
     seconds = time.perf_counter() - start
-    with torch.no_grad():
-        norm = model(idx[:, -model.cfg.block_size:], loops=depth).norms[-1].item()
+    norm = model(idx[:, -model.cfg.block_size:], loops=depth).norms[-1]
     print(f'{decoder.decode(b"", final=True)}\n--- {depth} loops, seed {seed}: state norm {norm:.1f}\n')
     print(f'{cfg.max_new_tokens / seconds:,.0f} tokens per second', file=sys.stderr)
 
@@ -81,19 +77,19 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
 @one_line_errors
 def main(argv=None):
     parser = FlagParser(SampleConfig, __doc__)
-    parser.add_argument('run', help='the folder of a run, such as out/python-rms-residual-per_loop')
+    parser.add_argument('run', type=Path, help='the folder of a run, such as out/python-rms-residual-per_loop')
     cfg, given = parser.parse(argv)
-    device, path = pick_device(cfg.device), Path(given['run'])
-    model, trained, _ = load_checkpoint(path if path.is_file() else path / 'ckpt.pt')
+    device = pick_device(cfg.device)
+    model, trained, _ = load_checkpoint(given['run'] if given['run'].is_file() else given['run'] / 'ckpt.pt')
+    choose_threads(trained, device)
     model.to(device)
     encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
     idx = torch.tensor([encoding.encode(prompt, disallowed_special=())], device=device)
-    K = cfg.loops or model.cfg.loops
-    depths = [K]
+    depths = [K := cfg.loops or model.cfg.loops]
     if cfg.every_depth:
         depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
         likeliest(model, encoding, idx, depths)
-        print(f'and how the text goes on, each depth from seed {cfg.seed}:\n')
+        print(f'\nand how the text goes on, each depth from seed {cfg.seed}:\n')
     for depth in depths:
         for i in range(cfg.num_samples):
             print(prompt, end='')

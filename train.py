@@ -148,6 +148,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device('cuda', torch.cuda.current_device()) if name == 'cuda' else device
 
 
+def choose_threads(cfg: TrainConfig, device: torch.device):
+    """One for a small model on the CPU, where several wait for each other as soon as the machine is busy."""
+    if device.type == 'cpu' and cfg.n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run's folder: its name, its lock, its log, its checkpoint
 
@@ -361,8 +367,7 @@ def start_process(cfg: TrainConfig) -> tuple[int, int, torch.device]:
     if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
         raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
                         'not restore the random state: leave one of them out')
-    if device.type == 'cpu' and cfg.n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(1)  # threads that share so little work wait for each other on a busy machine
+    choose_threads(cfg, device)
     if world > 1:  # a large corpus may take rank 0 an hour to fetch and prepare
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, timeout=timedelta(hours=2))
