@@ -241,8 +241,9 @@ def draw_rays(ax, panel, lines, _):
         strip.locator_params(axis='y', nbins=3)
         turned, name = torch.atan2(y, x)[:, -1].nanmedian().rad2deg(), style['label']
         name = name if len(name) < 36 else name[:35] + '…'
-        strip.set_title(f'{name}: norm {norm[0]:.1f} → {norm[-1]:.1f}, turned {turned:.0f}°', loc='left',
-                        color=style['color'], fontsize=10)
+        norms = ', '.join(f'|h_{k}| {norm[k - 1]:.3g}' for k in sorted({1, min(K, 32), 32}))
+        strip.set_title(f'{name}: {norms}, turned {turned:.0f}°', loc='left', fontsize=10,
+                        color=style['color'])
     ax.text(0.5, -0.08, 'h_1 … h_32, along h_1 and across it (large: K)', ha='center')
 
 
@@ -253,7 +254,7 @@ ROWS = [  # one curve per condition: panel, what to measure, key, title, ylabel,
     ('scale_sensitivity', scale_sensitivity, 'ce', 'Does the loss see the norm?', 'cross-entropy (nats)',
      dict(x='factor', xlabel='factor on the last state', xscale='log', crop=True)),
     ('radial_gradient', radial_gradient, 'share', 'Does the gradient act on the norm?',
-     'radial share of dCE/dh', dict(yscale='log', floor=(1e-4, 'float32 noise'))),
+     '|cosine| of dCE/dh and h', dict(yscale='log', floor=(1e-4, 'below 1e-4: rounding'))),
     ('states', rays, '', 'Do loops lengthen a state, or turn it?', '', {}),  # drawn by draw_rays
     ('depth', depth, 'norm', 'How does the norm change from loop to loop?', 'norm of the state', LOG),
     ('depth', depth, 'ce', 'How good is each exit?', 'cross-entropy (nats)', dict(crop=True)),

@@ -273,7 +273,8 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
     try:
         state = dict(torch.load(path, map_location='cpu', weights_only=True))
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f'no checkpoint {path} (yet): give the folder of a run that has been trained') from e
+        raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained '
+                        f'(train.py: --out_dir)') from e
     except Exception as e:  # whatever a foreign file brings
         if isinstance(e, (OSError, MemoryError)) or "can't allocate memory" in str(e):
             raise
