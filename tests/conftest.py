@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # the models are tiny, and threads wait for each other on a busy machine
 REPO = Path(__file__).resolve().parent.parent
 TEXT = ''.join(f'line {i}: the square of {i} is {i * i}.\n' for i in range(2000))
 TINY = ['--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--batch_size=4', '--loops=3',
