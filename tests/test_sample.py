@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+import tiktoken
 import torch
 
 import sample
@@ -50,9 +51,14 @@ def test_the_same_seed_gives_the_same_standard_output(trained):
     assert trained('--seed=3', '--every_depth')[1] == trained('--seed=3', '--every_depth')[1]
 
 
-def test_endoftext_in_a_prompt_is_text(trained):
-    code, out, _ = trained('--prompt=<|endoftext|>')
-    assert code == 0 and out.startswith('<|endoftext|>')
+def test_endoftext_in_a_prompt_is_text(trained, monkeypatch):
+    """With a tokenizer that has the token, as the BPE does; its id is one that no text contains."""
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding('bytes', pat_str='(?s:.)', mergeable_ranks=ranks,
+                                 special_tokens={'<|endoftext|>': 256})
+    monkeypatch.setattr(sample, 'get_tokenizer', lambda vocab_size: encoding)
+    code, out, err = trained('--prompt=<|endoftext|>')
+    assert code == 0 and out.startswith('<|endoftext|>'), err
 
 
 def test_the_same_seed_gives_the_same_text(trained):
