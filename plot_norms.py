@@ -31,8 +31,8 @@ from PIL import Image
 
 from data.prepare import UserError
 from looped import LoopedGPT, flag, validate
-from train import (FlagParser, TrainConfig, choose_threads, eval_batches, load_checkpoint, load_tokens,
-                   one_line_errors, pick_device, read_log, replacing, result_flags)
+from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
+                   pick_device, read_log, replacing, result_flags)
 
 matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 
@@ -387,7 +387,7 @@ def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
                 training=training, log=points)
 
 
-def measure(path: Path, cfg: PlotConfig, device) -> dict:
+def measure(path: Path, cfg: PlotConfig) -> dict:
     """All that is shown of a run. UserError or OSError: it is too young, damaged or foreign."""
     log = read_log(path / 'log.jsonl')
     if cfg.out[-4:] == '.gif':
@@ -397,7 +397,7 @@ def measure(path: Path, cfg: PlotConfig, device) -> dict:
             raise UserError(f'{path / "log.jsonl"} has other flags than this train.py ({e})') from e
     model, run, state = load_checkpoint(path / 'ckpt.pt')
     result = describe(run, state['iter'], log)
-    choose_threads(run, device)
+    device = pick_device(cfg.device, run.n_embd)
     tokens, _ = load_tokens(run, state['corpus'])
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
     return result | {p: PANELS[p](model.to(device), batches) for p in cfg.panels.split(',') if PANELS[p]}
@@ -429,13 +429,14 @@ def main(argv=None):
     parser = FlagParser(PlotConfig, __doc__)
     parser.add_argument('runs', nargs='*', help='folders of runs (default: all under out/)')
     cfg, given = parser.parse(argv)
-    out, device, start = Path(cfg.out), pick_device(cfg.device), time.time()
+    out, start = Path(cfg.out), time.time()
+    pick_device(cfg.device)
     paths = [Path(p) for p in given['runs']] or sorted(p.parent for p in Path('out').glob('*/log.jsonl'))
     groups, doing = {}, 'reading its log' if cfg.out[-4:] == '.gif' else f'measuring {cfg.panels}'
     for i, path in enumerate(paths, 1):
         print(f'[{i}/{len(paths)}] {path}: {doing}', file=sys.stderr)
         try:
-            result = measure(path, cfg, device)
+            result = measure(path, cfg)
             group = groups.setdefault(result['label'], [])
             if result['seed'] in [r['seed'] for r in group]:
                 raise UserError('it is another copy of a run that is drawn')

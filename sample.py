@@ -21,7 +21,7 @@ import torch
 
 from data.prepare import UserError, get_tokenizer
 from looped import LoopedGPT, flag, validate
-from train import FlagParser, choose_threads, load_checkpoint, one_line_errors, pick_device
+from train import FlagParser, load_checkpoint, one_line_errors, pick_device
 
 
 @dataclass
@@ -79,9 +79,9 @@ def main(argv=None):
     parser = FlagParser(SampleConfig, __doc__)
     parser.add_argument('run', type=Path, help='the folder of a run, such as out/python-rms-residual-per_loop')
     cfg, given = parser.parse(argv)
-    device = pick_device(cfg.device)
-    model, trained, _ = load_checkpoint(given['run'] if given['run'].is_file() else given['run'] / 'ckpt.pt')
-    choose_threads(trained, device)
+    run = given['run']
+    model, trained, _ = load_checkpoint(run if run.is_file() else run / 'ckpt.pt')
+    device = pick_device(cfg.device, trained.n_embd)
     model.to(device)
     encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
     idx = torch.tensor([encoding.encode(prompt, disallowed_special=())], device=device)

@@ -1,8 +1,7 @@
 """
-Train a looped language model on one device, or on several with torchrun.
+Train a looped language model on one GPU, or on the CPU of a laptop.
 
     python train.py --readout=rms --loops=8
-    torchrun --standalone --nproc_per_node=2 train.py --readout=rms --loops=8
 
 A run is a folder: log.jsonl (the flags, then one line per logged step or evaluation) and ckpt.pt.
 """
@@ -15,9 +14,7 @@ if __name__ == '__main__':
 
 import argparse
 import difflib
-import gc
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -29,17 +26,14 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import BUILTIN, UserError, prepare, read_meta
 from looped import LoopedConfig, LoopedGPT, flag
-
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12}  # bfloat16
 
 
 @dataclass
@@ -47,7 +41,7 @@ class TrainConfig(LoopedConfig):
     """Every flag of train.py: the model's, then these."""
     dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
     out_dir: str = flag('', 'folder of the run; named after the flags if left out', result=False)
-    batch_size: int = flag(8, 'sequences per micro-step and process', low=1, high=2 ** 20)
+    batch_size: int = flag(8, 'sequences per micro-step', low=1, high=2 ** 20)
     gradient_accumulation_steps: int = flag(1, 'micro-steps per update', low=1, high=2 ** 20)
     max_iters: int = flag(1600, 'updates in all', low=1)
     learning_rate: float = flag(1e-3, 'learning rate after warm-up')
@@ -72,13 +66,12 @@ class TrainConfig(LoopedConfig):
     eval_only: bool = flag(False, 'evaluate once and stop; with --resume, the checkpoint', result=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Flags, errors and devices, shared with sample.py and plot_norms.py
+# --- Flags, errors and devices, shared with sample.py and plot_norms.py -------------------------------------
 
 
 class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
-    too_large = 'batch_size'  # the flag to make smaller where memory does not suffice
+    largest = 'batch_size'  # the flag to make smaller where memory does not suffice
 
     def __init__(self, config, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -104,9 +97,8 @@ class FlagParser(argparse.ArgumentParser):
                 for word in (sys.argv[1:] if argv is None else argv)]
         given = vars(self.parse_args(argv))
         flags = {f.name: f.default for f in fields(self.config) if f.name in given}
-        free = ('seed', 'max_iters', 'warmup_iters', 'eval_interval', 'log_interval')  # these take no memory
-        sizes = [x for x in flags if type(flags[x]) is int and x not in free]
-        FlagParser.too_large = max(sizes, key=lambda x: given[x] // max(1, flags[x]), default='batch_size')
+        sizes = [x for x in flags if x.endswith(('size', 'layer', 'embd', 'loops', 'eval_iters'))]
+        FlagParser.largest = max(sizes, key=lambda x: given[x] // max(1, flags[x]), default='batch_size')
         try:
             return self.config(**{name: given[name] for name in flags}), given
         except ValueError as e:
@@ -125,64 +117,54 @@ def one_line_errors(main):
             sys.exit(130)
         except Exception as e:
             if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
-                e = f'out of memory: try a smaller --{FlagParser.too_large}, or --checkpoint_loops to train'
+                e = f'out of memory: try a smaller --{FlagParser.largest}, or --checkpoint_loops to train'
             elif not isinstance(e, (UserError, OSError)):
                 raise
-            print(f'{Path(main.__code__.co_filename).name}: {e}', file=sys.stderr, flush=True)
-        if dist.is_initialized():  # NCCL would wait here for the other ranks, and they wait for this one
-            os._exit(1)
-        sys.exit(1)
+            sys.exit(f'{Path(main.__code__.co_filename).name}: {e}')
     return program
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA, then MPS, then the CPU. UserError for a device that is not here."""
+def pick_device(name: str, n_embd: int = 0) -> torch.device:
+    """'auto' is CUDA, then MPS, then the CPU, where a small model takes one thread: several wait for each
+    other as soon as the machine is busy. UserError for a device that is not here."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=name)
+        probe.item()
     except (RuntimeError, AssertionError, ImportError) as e:
         why = str(e).splitlines()[0]
         raise UserError(f'--device={name} does not work here ({why}): try --device=auto') from e
-    return torch.device('cuda', torch.cuda.current_device()) if name == 'cuda' else device
-
-
-def choose_threads(cfg: TrainConfig, device: torch.device):
-    """One for a small model on the CPU, where several wait for each other as soon as the machine is busy."""
-    if device.type == 'cpu' and cfg.n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
+    elif probe.is_cpu and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(1)
+    return probe.device
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run's folder: its name, its lock, its log, its checkpoint
+# --- A run's folder: its name, its lock, its log, its checkpoint --------------------------------------------
 
 
-def result_flags(cfg: TrainConfig) -> dict:
-    """The flags that change the result of a run and are not at their defaults, those of a fork among them."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg)
-            if f.metadata.get('result', True) and getattr(cfg, f.name) != f.default}
+def result_flags(cfg: TrainConfig, base: TrainConfig | None = None) -> dict:
+    """The flags that change the result of a run, where they differ from `base`, else from their defaults."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata.get('result', True)
+            and getattr(cfg, f.name) != (getattr(base, f.name) if base else f.default)}
 
 
 def run_folder(cfg: TrainConfig) -> Path:
     """cfg.out_dir, or a name made of the flags that change the result: ablations land side by side."""
-    if cfg.out_dir:
-        return Path(cfg.out_dir)
     name = f'{cfg.dataset}-{cfg.readout}-{cfg.recurrence}-{cfg.supervision}'
     short = dict(norm_penalty='pen', loops='k', learning_rate='lr', seed='s', max_iters='i')
     for key, value in result_flags(cfg).items():
         if key not in ('dataset', 'readout', 'recurrence', 'supervision'):
             text = f'={value}' if isinstance(value, str) else '' if value is True else f'{value}'
             name += f'-{short.get(key, key)}{text}'
-    return Path('out') / re.sub(r'[^\w.=+-]+', '_', name).lstrip('-._')
+    return Path(cfg.out_dir or 'out/' + re.sub(r'[^\w.=+-]+', '_', name).lstrip('-._'))
 
 
-def claim(cfg: TrainConfig):
+def claim(out_dir: Path, cfg: TrainConfig):
     """A lock on the run's folder, gone when the process is. Its file lies elsewhere: no folder is made before
     all is checked. UserError: another process has the lock, or the folder holds a run that would be lost."""
-    if os.environ.get('RANK', '0') != '0' or (cfg.resume and cfg.eval_only):
-        return nullcontext()
-    out_dir = run_folder(cfg)
     name = hashlib.sha256(os.fsencode(out_dir.resolve())).hexdigest()[:16]
     lock = open(Path(tempfile.gettempdir(), f'looped-{name}.lock'), 'a')
     try:
@@ -218,39 +200,29 @@ def replacing(path: Path, mode: str = 'wb'):
         temporary.unlink(missing_ok=True)
 
 
-def append(path: Path, line: dict):
-    try:
-        with open(path, 'a') as f:
-            f.write(json.dumps(line) + '\n')
-    except OSError as e:
-        raise UserError(f'could not write {path} ({e}): make room, and go on with --resume') from e
-
-
 def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl: the flags, then lines that have `iter`. A last line that a kill cut short is
     left out. UserError: any other line that train.py did not write."""
+    *whole, _ = path.read_bytes().split(b'\n')
     lines = []
-    for i, text in enumerate(path.read_bytes().splitlines(keepends=True) or [b'']):
+    for i, text in enumerate(whole or [b'']):
         try:
             lines.append(json.loads(text))
             if type(lines[i]['iter' if i else 'loops']) is not int:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError) as e:
-            if i and not text.endswith(b'\n'):
-                return lines[:i]
             raise UserError(f'{path}: line {i + 1} is not of train.py; mend it, or move the file away') from e
     return lines
 
 
 def begin_log(path: Path, cfg: TrainConfig, start: int, changed: dict):
     """Write the flags and, at --resume, what was logged up to `start`, where an evaluation may come again."""
-    lines, change = [asdict(cfg)], dict(iter=start, changed=changed)
-    due = start % cfg.eval_interval == 0 or start == cfg.max_iters
+    lines, due = [asdict(cfg)], start % cfg.eval_interval == 0 or start == cfg.max_iters
     if cfg.resume and path.exists():
-        lines += [x for x in read_log(path)[1:]
-                  if x['iter'] < start or (x['iter'] == start and not (due and 'bpb' in x))]
-    if changed and change not in lines:
-        lines.append(change)
+        lines += [x for x in read_log(path)[1:] if x['iter'] < start or x['iter'] == start
+                  and ('loss' in x or 'bpb' in x and not due)]
+    if changed:
+        lines.append(dict(iter=start, changed=changed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, 'w') as f:
         f.writelines(json.dumps(line) + '\n' for line in lines)
@@ -258,12 +230,12 @@ def begin_log(path: Path, cfg: TrainConfig, start: int, changed: dict):
         path.with_name('ckpt.pt').unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, model, optimizer, scaler, it: int, cfg: TrainConfig, meta: dict):
-    """Tensors and plain values only, so that torch.load(path, weights_only=True) reads it."""
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 iter=it, config=asdict(cfg), corpus=meta['hash'])
-    with replacing(path) as f:
-        torch.save(state, f)
+def append(path: Path, line: dict):
+    try:
+        with open(path, 'a') as f:
+            f.write(json.dumps(line) + '\n')
+    except OSError as e:
+        raise UserError(f'could not write {path} ({e}): make room, and go on with --resume') from e
 
 
 def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, TrainConfig, dict]:
@@ -282,32 +254,30 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
     try:
         saved, it, corpus = TrainConfig(**state['config']), state['iter'], state['corpus']
         cfg = replace(saved, **{'overwrite': False, 'eval_only': False, **(given or {})})
-        have = {name: tuple(t.shape) for name, t in state['model'].items()}
-        moments = [(i, k, t.shape) for i, m in state['optimizer']['state'].items() for k, t in m.items()]
         if type(it) is not int or not 0 <= it <= 10 ** 9 or type(corpus) is not str:
             raise ValueError(f'iter is {it!r} and corpus {corpus!r}')
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(f'{path} does not fit this train.py and these flags ({type(e).__name__}: {e})') from e
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
-               if f.metadata.get('result', True) and getattr(cfg, f.name) != getattr(saved, f.name)}
-    with torch.device('meta'):
-        want = {name: tuple(t.shape) for name, t in LoopedGPT(cfg).state_dict().items()}
-    for name in {**want, **have}:
-        if have.get(name) != want.get(name):
-            flags = ' '.join(f'--{key}={value}' for key, value in changed.items()) or 'its flags'
-            raise UserError(f'{path} is not of the model that this code builds with {flags}: {name} has '
-                            f'shape {have.get(name)} there, and {want.get(name)} here')
+    state['changed'] = result_flags(cfg, saved)
+    with torch.device('meta'):  # allocates nothing
+        model = LoopedGPT(cfg)
+    try:
+        model.load_state_dict(state['model'], assign=True)
+        params = [p for group in configure_optimizer(model, cfg).param_groups for p in group['params']]
+        for i, moments in state['optimizer']['state'].items():
+            for name, moment in moments.items():  # a fused step would write beyond the end of a smaller one
+                if moment.shape != {'step': ()}.get(name, params[i].shape):
+                    raise ValueError(f'{name} of parameter {i} has the shape {tuple(moment.shape)}')
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        flags = ' '.join(f'--{key}={value}' for key, value in state['changed'].items()) or 'its flags'
+        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+        raise UserError(f'{path} is not of the model that this code builds with {flags} ({why})') from e
     model = LoopedGPT(cfg).eval()
     model.load_state_dict(state.pop('model'))
-    params = [p for group in configure_optimizer(model, cfg).param_groups for p in group['params']]
-    for i, name, shape in moments:  # a fused step would write beyond the end of a smaller one
-        if i not in range(len(params)) or shape != (() if name == 'step' else params[i].shape):
-            raise UserError(f'{path}: {name} of parameter {i} has shape {tuple(shape)}, which is wrong')
-    return model, cfg, dict(state, changed=changed)
+    return model, cfg, state
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches
+# --- Batches ------------------------------------------------------------------------------------------------
 
 
 def load_tokens(cfg: TrainConfig, corpus: str | None = None) -> tuple[dict, dict]:
@@ -331,8 +301,8 @@ def windows(tokens, starts, block_size: int, device) -> tuple[torch.Tensor, torc
     return ids[:, :-1], ids[:, 1:]
 
 
-def train_batch(tokens, cfg: TrainConfig, rank: int, it: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """All micro-steps of iteration `it`: a function of (seed, rank, it) alone."""
+def train_batch(tokens, cfg: TrainConfig, it: int, device, rank=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """All micro-steps of iteration `it`: a function of (seed, rank, it) alone. Rank 0 is the only process."""
     rng = np.random.default_rng((cfg.seed, rank, it))
     starts = rng.integers(len(tokens) - cfg.block_size, size=cfg.gradient_accumulation_steps * cfg.batch_size)
     return windows(tokens, starts, cfg.block_size, device)
@@ -345,34 +315,14 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
         yield windows(tokens, batch, cfg.block_size, device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The parts of the recipe
+# --- The parts of the recipe --------------------------------------------------------------------------------
 
 
 def say(line: str):
-    """Print, in the first of several processes."""
-    if os.environ.get('RANK', '0') == '0':
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
-            sys.stdout = open(os.devnull, 'w')
-
-
-def start_process(cfg: TrainConfig) -> tuple[int, int, torch.device]:
-    """(rank, world, device) of this process, the only one or one of torchrun's."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    own_gpu = world > 1 and cfg.device in ('auto', 'cuda') and torch.cuda.is_available()
-    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if own_gpu else cfg.device)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
-        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
-                        'not restore the random state: leave one of them out')
-    choose_threads(cfg, device)
-    if world > 1:  # a large corpus may take rank 0 an hour to fetch and prepare
-        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return rank, world, device
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
+        sys.stdout = open(os.devnull, 'w')
 
 
 def watch_signals() -> list:
@@ -411,7 +361,6 @@ def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                              fused=matrices[0].device.type in ('cpu', 'cuda'))
 
-
 @torch.no_grad()
 def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=(0,)) -> dict:
     """Cross-entropy at every exit, of both splits; of val also the norm at every loop, and bits per byte at
@@ -441,23 +390,31 @@ def check_finite(good: int, it: int, numbers: list, ckpt_path: Path):
                         f'Try a smaller --learning_rate')
 
 
+def save_checkpoint(path: Path, model, optimizer, scaler, it: int, cfg: TrainConfig, meta: dict):
+    """Tensors and plain values only, so that torch.load(path, weights_only=True) reads it."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 iter=it, config=asdict(cfg), corpus=meta['hash'])
+    with replacing(path) as f:
+        torch.save(state, f)
+
+
 def train(cfg: TrainConfig, given: dict) -> int:
     """The recipe. `given` holds the flags that were typed; --resume lays them over the run's own.
     Gives the exit code: 0, or 128 + the signal that stopped the run."""
-    # The folder, the process, the corpus. Nothing on disk changes before all that can fail early has passed.
+    # The folder, the device, the corpus. Nothing on disk changes before all that can fail early has passed.
     out_dir, state = run_folder(cfg), None
     log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
+    lock = None if cfg.resume and cfg.eval_only else claim(out_dir, cfg)  # held to the end
     if cfg.resume:
         model, cfg, state = load_checkpoint(ckpt_path, given)
-    rank, world, device = start_process(cfg)
-    master, cuda = rank == 0, device.type == 'cuda'
-    if not master:
-        dist.barrier()  # until the first has prepared the corpus
+    device = pick_device(cfg.device, cfg.n_embd)
+    if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
+        raise UserError('--checkpoint_loops with --dropout gives wrong gradients on MPS, where PyTorch does '
+                        'not restore the random state: leave one of them out')
     tokens, meta = load_tokens(cfg, state and state['corpus'])
-    if master and world > 1:
-        dist.barrier()
 
     # Model and optimizer
+    cuda = device.type == 'cuda'
     half = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     dtype = cfg.dtype if cfg.dtype != 'auto' else half if cuda else 'float32'
     autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
@@ -480,62 +437,52 @@ def train(cfg: TrainConfig, given: dict) -> int:
         say(f'resumed at iteration {start} of {cfg.max_iters}'
             + ''.join(f', {name} is now {value}' for name, value in changed.items())
             + (', so nothing is left to do: raise --max_iters' if start >= cfg.max_iters else ''))
-    compiled = cfg.compile == 'True' or (cfg.compile == 'auto' and cuda and importlib.util.find_spec('triton')
+    compiled = cfg.compile == 'True' or (cfg.compile == 'auto' and cuda and find_spec('triton')
                                          and torch.cuda.get_device_capability(device) >= (7, 0))
     if compiled:
         model.compile_regions()
-        torch._dynamo.config.optimize_ddp = False  # it would cut each block in pieces, to overlap nothing
-    wrapped = model
-    if world > 1:  # with one loop, the recurrence has parameters that nothing uses
-        wrapped = DistributedDataParallel(model, find_unused_parameters=cfg.loops == 1)
-    peak = next((flops for name, flops in PEAK_FLOPS.items()
-                 if cuda and dtype != 'float32' and name in torch.cuda.get_device_name(device)), None)
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_layer} blocks x {cfg.loops} '
         f'loops, readout {cfg.readout}, recurrence {cfg.recurrence}, supervision {cfg.supervision}\n'
-        f'{device} x {world}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
+        f'{device}, {dtype}, {"compiled" if compiled else "eager"}; {cfg.dataset}: '
         f'{meta["tokens"]["train"]:,} training tokens; run folder {out_dir}')
-    batch = train_batch(tokens['train'], cfg, rank, start, device)
+    batch = train_batch(tokens['train'], cfg, start, device)
     next(eval_batches(tokens['val'], cfg, cfg.eval_iters, device))
-    asked, writes = watch_signals(), master and not cfg.eval_only
+    asked, writes = watch_signals(), not cfg.eval_only
     if writes:
         begin_log(log_path, cfg, start, changed)
 
     # The loop
-    it, clock, logged = start, time.perf_counter(), start
+    it, stop, clock, logged = start, 0, time.perf_counter(), start
     good = torch.tensor(start, device=device)  # counts with `it` while loss and gradient are finite
     while True:
-        if master and (it % cfg.eval_interval == 0 or it == cfg.max_iters or cfg.eval_only):
+        if it % cfg.eval_interval == 0 or it == cfg.max_iters or cfg.eval_only or asked[0]:
             line = evaluate(model, cfg, tokens, meta, autocast, asked)
+            stop = asked[0]
             check_finite(good.item(), it, line['val_losses'] + line['norms'], ckpt_path)
-            if not asked[0]:
+            if not stop:
                 ce = ' '.join(f'{x:.3f}' for x in line['val_losses'])
                 norms = ' '.join(f'{x:.1f}' for x in line['norms'])
                 say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {ce}  ({line["bpb"]:.3f} bits per byte)\n'
                     f'             state norm, loops 1..{cfg.loops}: {norms}')
                 if writes:
                     append(log_path, dict(iter=it, **line))
-                if writes and it > start:
-                    save_checkpoint(ckpt_path, model, optimizer, scaler, it, cfg, meta)
+            if writes and (stop or it > start):
+                save_checkpoint(ckpt_path, model, optimizer, scaler, it, cfg, meta)
             clock, logged = time.perf_counter(), it
-        stop = torch.tensor(asked)
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the CPU: all ranks stop before the same step
-        if stop.item() or it >= cfg.max_iters or cfg.eval_only:
+        if stop or it >= cfg.max_iters or cfg.eval_only:
             break
 
         lr = learning_rate(cfg, it)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        torch.manual_seed(hash((cfg.seed, rank, it)) % 2 ** 63)  # dropout, too, is a function of these alone
+        torch.manual_seed(hash((cfg.seed, 0, it)) % 2 ** 63)  # dropout, too, is a function of these alone
         loss = 0.0
-        for i, (idx, targets) in enumerate(zip(*(x.split(cfg.batch_size) for x in batch)), 1):
-            if world > 1:  # only in the last micro-step do the gradients of all processes meet
-                wrapped.require_backward_grad_sync = i == cfg.gradient_accumulation_steps
+        for idx, targets in zip(*(x.split(cfg.batch_size) for x in batch)):
             with autocast:
-                out = wrapped(idx, targets)
+                out = model(idx, targets)
             scaler.scale(out.loss / cfg.gradient_accumulation_steps).backward()
             loss += out.loss.detach() / cfg.gradient_accumulation_steps
-        batch = train_batch(tokens['train'], cfg, rank, it + 1, device)  # while the GPU is still busy
+        batch = train_batch(tokens['train'], cfg, it + 1, device)  # while the GPU is still busy
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         finite = torch.isfinite(loss) & (torch.isfinite(norm) | scaler.is_enabled())  # the scaler skips those
@@ -545,37 +492,27 @@ def train(cfg: TrainConfig, given: dict) -> int:
         optimizer.zero_grad(set_to_none=True)
         it += 1
 
-        if master and (it % cfg.log_interval == 0 or it == cfg.max_iters):
+        if it % cfg.log_interval == 0 or it == cfg.max_iters:
             loss, norms = loss.item(), out.norms.tolist()  # the device is waited for here, and nowhere above
             stuck = scaler.get_scale() < 2 ** -10  # float16 skips every step
             check_finite(good.item(), it + stuck, norms, ckpt_path)
             seconds = (time.perf_counter() - clock) / (it - logged)
             clock, logged = time.perf_counter(), it
-            rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * world / seconds
+            rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size / seconds
             left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
-            mfu = f'  mfu {rate / world * model.flops_per_token() / peak:.1%}' if peak else ''
+            work = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
             say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
-                f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{mfu}  {left} left')
+                f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{work}  {left} left')
             append(log_path, dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3))
 
-    if stop.item() and writes:
-        line = evaluate(model, cfg, tokens, meta, autocast, asked=[stop.item()])
-        check_finite(good.item(), it, line['val_losses'] + line['norms'], ckpt_path)
-        save_checkpoint(ckpt_path, model, optimizer, scaler, it, cfg, meta)
+    if stop and writes:
         say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
-    if world > 1:
-        dist.barrier()  # no rank leaves while another still talks to it
-        del wrapped
-        gc.collect()  # DDP is a cycle that holds the group, whose threads must end before the interpreter
-        dist.destroy_process_group()
-    return 128 + stop.item() if stop.item() else 0
+    return 128 + stop if stop else 0
 
 
 @one_line_errors
 def main(argv=None):
-    cfg, given = FlagParser(TrainConfig, __doc__).parse(argv)
-    with claim(cfg):
-        return train(cfg, given)
+    return train(*FlagParser(TrainConfig, __doc__).parse(argv))
 
 
 if __name__ == '__main__':

@@ -26,14 +26,15 @@ from matplotlib.figure import Figure
 
 import plot_norms  # noqa: F401, with what it imports: a copy takes the place of these, and they come back
 import sample  # noqa: F401
-from conftest import REPO, TEXT
+from conftest import REPO, TEXT, TINY
 
 FILES = ('looped.py', 'train.py', 'sample.py', 'plot_norms.py', 'data/prepare.py', 'tests/test_blind_spot.py')
 MODULES = 'looped', 'train', 'sample', 'plot_norms', 'data', 'data.prepare', 'test_blind_spot'
 FAST = ('--eval_iters=2 --eval_interval=1000 --log_interval=1 --batch_size=2 --device=cpu '
         '--compile=False').split()
 SMALL = '--dataset=text.txt --vocab_size=256 --block_size=16 --n_layer=1 --n_head=2 --n_embd=16'.split()
-LIMITS = {'gate': 12, 'Muon': 24, 'float16': 40}  # changed lines, by a word of the fork's title; else 5
+# Changed lines, by a word of the fork's title; else 5
+LIMITS = {'gate': 12, 'Muon': 24, 'float16': 40, 'GPUs': 40}
 
 HERE = sys.platform != 'win32' and shutil.which('git') and shutil.which('bash')
 pytestmark = pytest.mark.skipif(not HERE, reason='needs git and bash')
@@ -228,6 +229,51 @@ def test_the_commands_of_an_exercise_run_beside_runs_from_before_it(tmp_path, mo
     for _, text in blocks(FORKS[title], 'sh'):
         for command in here.commands(text):
             here.run(**command)
+
+
+def test_with_the_fork_for_several_gpus_two_processes_train_as_one_on_the_joint_batch_and_stop_together(
+        tmp_path, monkeypatch):
+    here = Copy(tmp_path, monkeypatch, diffs(next(title for title in FORKS if 'GPUs' in title)))
+    flags = ['--dataset=text.txt', *TINY]
+    here.prepare.prepare('text.txt', 256)
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', TMPDIR=str(tmp_path))
+
+    def start(*typed):
+        torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+        return subprocess.Popen([*torchrun, 'train.py', *flags, *typed], cwd=tmp_path, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start('--out_dir=two', '--gradient_accumulation_steps=2')
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count('iter      6/6') == 1  # rank 0 alone prints and writes
+
+    saved, cpu = torch.load('two/ckpt.pt', weights_only=True), torch.device('cpu')
+    cfg = here.train.TrainConfig(**saved['config'])
+    tokens, _ = here.train.load_tokens(cfg)
+    torch.manual_seed(cfg.seed)
+    model = here.train.LoopedGPT(cfg)
+    optimizer = here.train.configure_optimizer(model, cfg)
+    for it in range(cfg.max_iters):
+        batches = [here.train.train_batch(tokens['train'], cfg, it, cpu, rank) for rank in (0, 1)]
+        assert not torch.equal(batches[0][0], batches[1][0])
+        optimizer.zero_grad()
+        model(*(torch.cat(x) for x in zip(*batches))).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group['lr'] = here.train.learning_rate(cfg, it)
+        optimizer.step()
+    for name, got in saved['model'].items():
+        torch.testing.assert_close(got, model.state_dict()[name], atol=2e-5, rtol=1e-3)
+
+    process = start('--out_dir=stopped', '--max_iters=1000000', '--eval_interval=1000000')
+    try:
+        next(line for line in process.stdout if line.startswith('iter'))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode != 0 and 'stopped at iteration' in out
+        assert torch.load('stopped/ckpt.pt', weights_only=True)['iter'] > 0
+    finally:
+        process.kill()
 
 
 def test_of_the_readouts_of_the_first_exercise_one_is_blind_one_sees_one_is_neither(tmp_path, monkeypatch):
