@@ -361,6 +361,7 @@ def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                              fused=matrices[0].device.type in ('cpu', 'cuda'))
 
+
 @torch.no_grad()
 def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=(0,)) -> dict:
     """Cross-entropy at every exit, of both splits; of val also the norm at every loop, and bits per byte at
