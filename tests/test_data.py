@@ -381,7 +381,7 @@ def hidden(folder):
 
 def interrupted(clone, signum):
     """The exit code and stderr of a preparation that is sent a signal in its midst."""
-    (clone.folder / 'text.txt').write_text('a text that takes its time to be prepared\n' * 2000000)
+    (clone.folder / 'text.txt').write_text('a text that takes its time to be prepared\n' * 500000)
     process = clone('data/prepare.py', 'text.txt')
     while not any(path.stat().st_size for path in (clone.folder / 'data').glob('.*/train.bin')):
         assert process.poll() is None
