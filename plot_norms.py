@@ -430,7 +430,7 @@ def main(argv=None):
     parser.add_argument('runs', nargs='*', help='folders of runs (default: all under out/)')
     cfg, given = parser.parse(argv)
     out, start = Path(cfg.out), time.time()
-    pick_device(cfg.device)
+    pick_device(cfg.device)  # a mistake in it ends here, and not once per run
     paths = [Path(p) for p in given['runs']] or sorted(p.parent for p in Path('out').glob('*/log.jsonl'))
     groups, doing = {}, 'reading its log' if cfg.out[-4:] == '.gif' else f'measuring {cfg.panels}'
     for i, path in enumerate(paths, 1):
