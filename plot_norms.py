@@ -32,7 +32,7 @@ from PIL import Image
 from data.prepare import UserError
 from looped import LoopedGPT, flag, validate
 from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
-                   pick_device, read_log, replacing, result_flags)
+                   pick_device, read_log, result_flags, writing)
 
 matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 
@@ -313,7 +313,7 @@ def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
     fig.tight_layout(h_pad=2)
     handles = [matplotlib.lines.Line2D([], [], **style) for style, _ in lines]
     fig.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
-    with replacing(out) as f:
+    with writing(out) as f:
         fig.savefig(f, format=out.name[-3:], dpi=110, bbox_inches='tight')
 
 
@@ -344,7 +344,7 @@ def animate(groups: dict[str, list[dict]], out: Path):
         image, first = Image.open(buffer).convert('RGB'), (frames or [None])[0]  # whose palette is for all
         frames.append(image.quantize(64, Image.Quantize.MAXCOVERAGE, palette=first, dither=Image.Dither.NONE))
     ms = [60 + 600 * (b - a) // b for a, b in zip(iterations, iterations[1:])]  # the first are the slowest
-    with replacing(out) as f:
+    with writing(out) as f:
         frames[0].save(f, 'GIF', save_all=True, append_images=frames[1:], duration=ms + [3000], loop=0)
 
 
@@ -451,7 +451,7 @@ def main(argv=None):
         animate(groups, out)
     else:
         draw(groups, cfg.panels.split(','), out)
-        with replacing(out.with_suffix('.json'), 'w') as f:  # which holds no NaN and no Infinity
+        with writing(out.with_suffix('.json'), 'w') as f:  # which holds no NaN and no Infinity
             json.dump(json.loads(json.dumps(groups), parse_constant=lambda _: None), f, indent=1)
     print(f'{out} is drawn, in {time.time() - start:.0f} s', file=sys.stderr)
 

@@ -277,7 +277,7 @@ SECTIONS = dict(exits=exits, plain=plain, compile=compile, memory=memory, genera
 def main():
     parser = FlagParser(BenchConfig, __doc__)
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all)')
-    cfg, given = parser.parse()
+    cfg, given = parser.parse(sys.argv[1:])
     device = pick_device(cfg.device)
     name = f'{torch.get_num_threads()} CPU threads'
     if device.type == 'cuda':

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,11 @@ TINY = ['--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--batch_
 
 
 @pytest.fixture
-def workplace(tmp_path, tmp_path_factory, monkeypatch):
+def workplace(tmp_path, monkeypatch):
     """An empty current folder with a text in it; corpora are prepared there, and not in the repository."""
     from data import prepare
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, 'DATA', tmp_path / 'data')
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path_factory.mktemp('locks')))
     (tmp_path / 'data').mkdir()
     (tmp_path / 'text.txt').write_text(TEXT)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -53,21 +51,21 @@ def run(workplace, capsys):
 
 
 @pytest.fixture
-def clone(tmp_path, tmp_path_factory):
+def clone(tmp_path):
     """A copy of the repository's own files, for runs in processes of their own."""
     for name in 'looped.py', 'train.py', 'sample.py', 'plot_norms.py', 'data/prepare.py':
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
     (tmp_path / 'text.txt').write_text(TEXT)
-    locks, started = str(tmp_path_factory.mktemp('locks')), []
+    started = []
 
     def start(*argv, env=(), **options):
-        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', TMPDIR=locks, **dict(env))
+        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', **dict(env))
         process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=tmp_path, env=env, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         started.append(process)
         return process
-    start.folder, start.locks = tmp_path, locks
+    start.folder = tmp_path
     yield start
     for process in started:  # of a test that failed
         process.kill()

@@ -72,7 +72,7 @@ def main(seed: int):
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        prepare.DATA, tempfile.tempdir = Path(folder, 'data'), folder
+        prepare.DATA = Path(folder, 'data')
         prepare.DATA.mkdir()
         Path('text.txt').write_text(TEXT)
         prepare.prepare('text.txt', 256)
