@@ -320,6 +320,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
     # The folder, the device, the corpus. Nothing on disk changes before all that can fail early has passed.
     out_dir, state = run_folder(cfg), None
     log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
+    lock = claim(out_dir, cfg) if out_dir.exists() else None  # before it is read, and held to the end
     if cfg.resume:
         model, cfg, state = load_checkpoint(ckpt_path, given)
     device = pick_device(cfg.device, cfg.n_embd)
@@ -351,7 +352,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
         model.compile_regions()
     batch = train_batch(tokens['train'], cfg, start, device)
     next(eval_batches(tokens['val'], cfg, cfg.eval_iters, device))
-    lock, asked = claim(out_dir, cfg), watch_signals()  # the lock is held to the end
+    lock, asked = lock or claim(out_dir, cfg), watch_signals()
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {meta["tokens"]["train"]:,} training '
         f'tokens; {device}, {dtype}, {"compiled" if compiled else "eager"}; run folder {out_dir}')
     begin_log(log_path, cfg, start, changed)
@@ -405,7 +406,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{work}  {left} left')
             with writing(log_path, 'a') as f:
                 f.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
-
     if stop:
         say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
     return 128 + stop[0] if stop else 0
