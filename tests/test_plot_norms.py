@@ -562,7 +562,7 @@ def test_bad_runs_are_named_in_one_line_and_the_rest_is_drawn(run, runs, workpla
     assert code == 0 and out.count('per-loop') == 2
     left_out = {line.split(':')[0]: line for line in err.splitlines() if 'left out' in line}
     assert set(left_out) == {f'out/{name}' for name in ('cut', 'young', 'foreign', 'torn', 'moved', 'empty')}
-    assert 'truncated' in left_out['out/cut'] and 'no checkpoint' in left_out['out/young']
+    assert 'cannot be read' in left_out['out/cut'] and 'no checkpoint' in left_out['out/young']
     assert 'log.jsonl' in left_out['out/foreign'] and 'log.jsonl' in left_out['out/torn']
     assert 'moved.txt' in left_out['out/moved'] and err.count('\n') == 9 + 6 + 1
 
