@@ -442,7 +442,7 @@ def main(argv=None):
                 raise UserError('it is another copy of a run that is drawn')
             group.append(dict(result, path=str(path)))
         except (UserError, OSError, MemoryError) as e:
-            print(f'{path}: left out, {e}', file=sys.stderr)
+            print(f'{path}: left out,', *str(e).split(), file=sys.stderr)
     if not groups:
         raise UserError('none of these runs could be measured' if paths else
                         'no runs under out/: train some first, such as python train.py --readout=rms')

@@ -50,7 +50,7 @@ class TrainConfig(LoopedConfig):
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip')
     seed: int = flag(1, 'of weights, batches and dropout', high=2 ** 32)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
-    dtype: str = flag('auto', 'of matrix products; auto: bfloat16 on cuda', ('auto', 'float32', 'bfloat16'))
+    dtype: str = flag('auto', 'of products; auto: bfloat16 if cuda has it', ('auto', 'float32', 'bfloat16'))
     compile: str = flag('auto', 'torch.compile; auto: on cuda', ('auto', 'True', 'False'), result=False)
     checkpoint_loops: bool = flag(False, 'compute each loop again in backward: less memory', result=False)
     eval_interval: int = flag(200, 'updates between evaluations, which also save', low=1, result=False)
@@ -76,7 +76,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.findall('unrecognized arguments: ([^ =]+)', message)
-        near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+        near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions, 1, 0.7)
         self.exit(2, f'{self.prog}: {message}{f"; did you mean {near[0]}?" if near else ""} (see --help)\n')
 
     def parse(self, argv: list[str]):
@@ -101,10 +101,10 @@ def one_line_errors(main):
             sys.exit(130)
         except Exception as e:
             if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
-                e = 'out of memory: try a smaller --batch_size, --block_size, --n_embd, or --checkpoint_loops'
+                e = 'out of memory: try a smaller batch or model (--batch_size, --n_embd, --checkpoint_loops)'
             elif not isinstance(e, (UserError, OSError)):
                 raise
-            sys.exit(f'{Path(main.__code__.co_filename).name}: {e}')
+            sys.exit(f'{Path(main.__code__.co_filename).name}: {" ".join(str(e).split())[:600]}')
     return program
 
 
@@ -115,7 +115,7 @@ def pick_device(name: str, n_embd: int = 0) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise UserError(f'--device={name}: {str(e).splitlines()[0]}; --device=auto takes what is here') from e
+        raise UserError(f'--device={name} does not work here, try --device=auto ({e})') from e
     if name.startswith('cpu') and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(1)  # a small model's threads wait for each other on a busy machine
     return torch.device(name)
@@ -164,12 +164,14 @@ def writing(path: Path, mode: str = 'wb'):
         with open(temporary, mode) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+            if temporary != path:
+                os.fsync(f.fileno())
+        if temporary != path:
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
         if temporary != path:
             temporary.unlink(missing_ok=True)
-        raise UserError(f'could not write {path} ({e.__context__ or e}): make room; the old one stays') from e
+        raise UserError(f'could not write {path} ({e.__context__ or e}): make room, what is saved stays')
 
 
 def read_log(path: Path) -> list[dict]:
@@ -179,7 +181,7 @@ def read_log(path: Path) -> list[dict]:
         if {type(lines[0]['loops']), *(type(x['iter']) for x in lines[1:])} != {int}:
             raise ValueError('an iter that is no whole number')
     except (ValueError, TypeError, LookupError, RecursionError) as e:
-        raise UserError(f'{path} has a line that is not of train.py ({e}): mend it, or move it away') from e
+        raise UserError(f'{path} has a line that is not of train.py: mend it, or move the file away') from e
     return lines
 
 
@@ -205,10 +207,9 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained') from e
     except Exception as e:  # whatever a foreign file brings
-        if isinstance(e, (OSError, MemoryError)) or "can't allocate memory" in str(e):
+        if getattr(e, 'filename', 0) or isinstance(e, MemoryError) or "can't allocate memory" in str(e):
             raise
-        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        raise UserError(f'{path} cannot be read by this train.py with these flags ({why})') from e
+        raise UserError(f'{path} cannot be read by this train.py and flags ({type(e).__name__}: {e})') from e
     state['changed'] = result_flags(cfg, saved)
     with torch.device('meta'):  # allocates nothing
         model = LoopedGPT(cfg)
@@ -219,9 +220,7 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
             if any(m.shape != {'step': ()}.get(name, params[i].shape) for name, m in moments.items()):
                 raise ValueError(f'the moments of parameter {i} have another shape')
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
-        raise UserError(f'{path} is not of the model that this code builds with '
-                        f'{state["changed"] or "its flags"} ({why})') from e
+        raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
     model = LoopedGPT(cfg).eval()
     model.load_state_dict(state.pop('model'))
     return model, cfg, state
@@ -292,7 +291,7 @@ def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.AdamW
 
 @torch.no_grad()
 def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=()) -> dict:
-    """A line of the log: means over cfg.eval_iters batches, or over one where a stop is asked for."""
+    """A line of the log: means over cfg.eval_iters batches, or over one at a stop; norms are of val."""
     model.eval()
     line = {}
     for split in 'train', 'val':
@@ -312,12 +311,12 @@ def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=
 def check_finite(it: int, numbers: list, ckpt_path: Path):
     if not all(map(math.isfinite, numbers)):
         kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'nothing is saved yet'
-        raise UserError(f'the loss is not finite at iteration {it}; {kept}: try a smaller --learning_rate')
+        raise UserError(f'loss or weights are not finite by iteration {it}; {kept}: lower --learning_rate')
 
 
 def train(cfg: TrainConfig, given: dict) -> int:
     """The recipe. `given` is what was typed, for --resume. Gives 0, or 128 + the signal that stopped it."""
-    # The folder, the device, the corpus. Nothing on disk changes before all that can fail early has passed.
+    # The folder, the device, the corpus. Nothing of a run changes before all that can fail early has passed.
     out_dir, state = run_folder(cfg), None
     log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
     lock = claim(out_dir, cfg) if out_dir.exists() else None  # before it is read, and held to the end
@@ -330,8 +329,8 @@ def train(cfg: TrainConfig, given: dict) -> int:
 
     # Model and optimizer
     cuda = device.type == 'cuda'
-    half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if half else 'float32'
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if has_bf16 else 'float32'
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
     if not state:
@@ -355,7 +354,8 @@ def train(cfg: TrainConfig, given: dict) -> int:
     lock, asked = lock or claim(out_dir, cfg), watch_signals()
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {meta["tokens"]["train"]:,} training '
         f'tokens; {device}, {dtype}, {"compiled" if compiled else "eager"}; run folder {out_dir}')
-    begin_log(log_path, cfg, start, changed)
+    if writes := start < cfg.max_iters or not changed:  # else what is finished stays as it is
+        begin_log(log_path, cfg, start, changed)
     if not cfg.resume:
         ckpt_path.unlink(missing_ok=True)
 
@@ -371,9 +371,10 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 norms = ' '.join(f'{x:.1f}' for x in line['norms'])
                 say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {ce}  ({line["bpb"]:.3f} bits per byte)\n'
                     f'             state norm, loops 1..{cfg.loops}: {norms}')
-                with writing(log_path, 'a') as f:
-                    f.write(json.dumps(dict(iter=it, **line)) + '\n')
-            if stop or it > start:
+                if writes:
+                    with writing(log_path, 'a') as f:
+                        f.write(json.dumps(dict(iter=it, **line)) + '\n')
+            if it > start or stop and not cfg.resume:
                 with writing(ckpt_path) as f:  # tensors and plain values only, for weights_only=True
                     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it,
                                     config=asdict(cfg), corpus=meta['hash']), f)
@@ -393,9 +394,8 @@ def train(cfg: TrainConfig, given: dict) -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         it += 1
-
         if it % cfg.log_interval == 0 or it == cfg.max_iters:
-            loss, norms = out.loss.item(), out.norms.tolist()  # the device is waited for here, and only here
+            loss, norms = out.loss.item(), out.norms.tolist()  # in a step, only this waits for the device
             check_finite(it, [loss, *norms], ckpt_path)
             seconds = (time.perf_counter() - clock) / (it - logged)
             clock, logged = time.perf_counter(), it
