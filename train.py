@@ -360,11 +360,11 @@ def train(cfg: TrainConfig, given: dict) -> int:
         ckpt_path.unlink(missing_ok=True)
 
     # The loop
-    it, stop, clock, logged = start, [], time.perf_counter(), start
+    it = start
     while True:
         if it % cfg.eval_interval == 0 or it in (start, cfg.max_iters) or asked:
             line = evaluate(model, cfg, tokens, meta, autocast, asked)
-            stop = asked[:1]
+            stop = asked[:1]  # a copy: what is asked from here on waits for the next round
             check_finite(it, line['val_losses'] + line['norms'], ckpt_path)
             if not stop:
                 ce = ' '.join(f'{x:.3f}' for x in line['val_losses'])
