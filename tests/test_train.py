@@ -343,6 +343,22 @@ def test_a_change_is_logged_once_where_two_resumes_make_it_before_a_save(resume,
     assert len([x for x in log(trained) if 'changed' in x]) == 1
 
 
+@posix
+def test_a_resume_stopped_before_its_first_update_keeps_the_checkpoint(run, resume, workplace, monkeypatch):
+    """Its flags would be saved, and that they changed forgotten."""
+    run(main, *TEXT, '--out_dir=r')
+    before, real, calls = (workplace / 'r' / 'ckpt.pt').read_bytes(), train.eval_batches, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(train, 'eval_batches', interrupt)
+    assert resume('--max_iters=8', '--norm_penalty=1')[0] == 130
+    assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
+
+
 def test_flags_typed_at_resume_hold_and_the_others_are_those_of_the_run(resume, run, workplace):
     run(main, *TEXT, '--out_dir=r', '--device=cpu:0')
     code, out, _ = resume('--max_iters=7', '--weight_decay=0.5', '--dtype=bfloat16')
