@@ -204,7 +204,7 @@ def test_the_unigram_bias_is_the_log_frequency_of_each_token_and_is_not_trained(
     torch.testing.assert_close(checkpoint(workplace / 'r')['model']['output_bias'], want)
 
 
-@pytest.mark.parametrize('typed', [[], ['--loops=6'], ['--norm_penalty=0.01'], ['--max_iters=3']], ids=' '.join)
+@pytest.mark.parametrize('typed', [[], ['--loops=6'], ['--norm_penalty=1'], ['--max_iters=3']], ids=' '.join)
 def test_a_finished_run_that_is_resumed_is_evaluated_and_stays_as_it_is(resume, trained, typed):
     before = (trained / 'ckpt.pt').read_bytes(), log(trained)[1:]
     code, out, _ = resume(*typed)
@@ -445,7 +445,7 @@ def test_overwrite_with_a_flag_that_cannot_work_leaves_the_old_run_alone(run, tr
 
 def test_where_memory_ends_one_line_says_what_to_make_smaller(run, monkeypatch):
     monkeypatch.setattr(train, 'LoopedGPT', lambda cfg: torch.empty(2 ** 50))
-    assert_one_line(run(main, '--dataset=text.txt'), 'out of memory: try a smaller batch or model', '--n_embd')
+    assert_one_line(run(main, '--dataset=text.txt'), 'out of memory: try a smaller batch', '--n_embd')
     if sys.platform == 'linux':
         with pytest.raises(RuntimeError, match="can't allocate memory"):  # what the CPU says of it
             torch.empty(2 ** 50)
@@ -537,7 +537,7 @@ def test_a_full_disk_while_logging_names_the_file_and_leaves_no_other(resume, tr
     resume()  # prepares the corpus
     size, before = (trained / 'log.jsonl').stat().st_size, tree(trained)
     result = full_disk(size // 2, lambda: resume('--max_iters=9'))
-    assert_one_line(result, 'could not write r/log.jsonl', 'File too large', 'what is saved stays', 'make room')
+    assert_one_line(result, 'could not write r/log.jsonl', 'File too large', 'make room, what is saved')
     assert tree(trained) == before
     result = full_disk(size + 300, lambda: resume('--max_iters=90', '--eval_interval=90'))
     assert_one_line(result, 'could not write r/log.jsonl', 'File too large', 'make room')
@@ -806,7 +806,8 @@ def test_nothing_that_windows_lacks_is_imported_at_the_top():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('flags', [['--dtype=bfloat16'], ['--compile=False'], ['--checkpoint_loops']], ids=' '.join)
+@pytest.mark.parametrize('flags', [['--dtype=bfloat16'], ['--compile=False'], ['--checkpoint_loops']],
+                         ids=' '.join)
 def test_on_a_gpu_every_precision_trains(run, workplace, flags):
     code, out, err = run(main, *TEXT, '--device=cuda', '--max_iters=30', *flags, '--out_dir=r')
     assert code == 0 and 'cuda' in out
