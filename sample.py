@@ -77,7 +77,7 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
 @one_line_errors
 def main(argv=None):
     parser = FlagParser(SampleConfig, __doc__)
-    parser.add_argument('run', type=Path, help='the folder of a run, such as out/python-rms-residual-per_loop')
+    parser.add_argument('run', type=Path, help='the folder of a run, as out/python-raw-residual-per_loop')
     cfg, given = parser.parse(argv)
     run = given['run']
     model, trained, _ = load_checkpoint(run if run.is_file() else run / 'ckpt.pt')
