@@ -179,7 +179,7 @@ def read_log(path: Path) -> list[dict]:
     try:
         lines = [json.loads(text) for text in path.read_bytes().split(b'\n')[:-1]]
         if {type(lines[0]['loops']), *(type(x['iter']) for x in lines[1:])} != {int}:
-            raise ValueError('an iter that is no whole number')
+            raise ValueError
     except (ValueError, TypeError, LookupError, RecursionError) as e:
         raise UserError(f'{path} has a line that is not of train.py: mend it, or move the file away') from e
     return lines

@@ -271,6 +271,18 @@ def test_the_shortest_corpus_has_one_window():
 # Resuming
 
 
+def interrupt(patch, name, call, signum=signal.SIGINT):
+    """Send this process a signal in that call of train.NAME, counted from 1."""
+    real, calls = getattr(train, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signum)
+        return real(*args)
+    patch.setattr(train, name, interrupted)
+
+
 @posix
 @pytest.mark.parametrize('flags', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2',
                                         '--output_bias=unigram']], ids=' '.join)
@@ -280,14 +292,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, resume, workplace, monk
                                                     stops_at):
     """Ctrl-C in the middle of a step or of an evaluation."""
     run(main, *TEXT, *flags, '--out_dir=whole')
-    real, calls = getattr(train, during), []
-
-    def interrupt(*args):
-        calls.append(args)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(train, during, interrupt)
+    interrupt(monkeypatch, during, call)
     code, out, _ = run(main, *TEXT, *flags, '--out_dir=r')
     assert code == 130
     assert f'stopped at iteration {stops_at}; go on with: python train.py --resume --out_dir=r' in out
@@ -347,14 +352,8 @@ def test_a_change_is_logged_once_where_two_resumes_make_it_before_a_save(resume,
 def test_a_resume_stopped_before_its_first_update_keeps_the_checkpoint(run, resume, workplace, monkeypatch):
     """Its flags would be saved, and that they changed forgotten."""
     run(main, *TEXT, '--out_dir=r')
-    before, real, calls = (workplace / 'r' / 'ckpt.pt').read_bytes(), train.eval_batches, []
-
-    def interrupt(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(train, 'eval_batches', interrupt)
+    before = (workplace / 'r' / 'ckpt.pt').read_bytes()
+    interrupt(monkeypatch, 'eval_batches', 2)
     assert resume('--max_iters=8', '--norm_penalty=1')[0] == 130
     assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
 
@@ -667,12 +666,8 @@ def test_sigterm_in_the_update_in_which_the_weights_go_bad_keeps_the_good_checkp
     run(main, *TEXT, '--out_dir=r', '--max_iters=3')
     before = (workplace / 'r' / 'ckpt.pt').read_bytes()
 
-    def terminated(tokens, cfg, it, device):
-        if it == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_batch(tokens, cfg, it, device)
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'train_batch', terminated)
+        interrupt(patch, 'train_batch', 2, signal.SIGTERM)
         result = resume('--max_iters=30', '--log_interval=100', '--learning_rate=1e25')
     assert_one_line(result, 'not finite by iteration 4', 'r/ckpt.pt is the last good checkpoint')
     assert (workplace / 'r' / 'ckpt.pt').read_bytes() == before
@@ -785,12 +780,12 @@ def test_ctrl_c_while_importing_gives_no_traceback(clone, program):
 @posix
 def test_ctrl_c_while_dynamo_traces_saves_a_checkpoint(run, workplace, monkeypatch):
     """Tensors made by the handler itself would be fake there."""
-    def interrupt(tokens, cfg, it, device):
+    def traced(tokens, cfg, it, device):
         if it == 1:
             with FakeTensorMode():
                 os.kill(os.getpid(), signal.SIGINT)
         return train_batch(tokens, cfg, it, device)
-    monkeypatch.setattr(train, 'train_batch', interrupt)
+    monkeypatch.setattr(train, 'train_batch', traced)
     code, out, err = run(main, *TEXT, '--out_dir=r', '--log_interval=100')
     assert code == 130 and 'stopped at iteration 1' in out and err == ''
     assert checkpoint(workplace / 'r')['iter'] == 1
