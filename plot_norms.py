@@ -1,459 +1,703 @@
 """
-See the blind spot: measure trained runs, print a table, draw one figure.
+See the blind spot: measure trained runs, draw one figure, print tables.
 
-    python plot_norms.py out/A out/B …          (no run: every run under out/)
+    python plot_norms.py out/A out/B ...        (no run named: every run under out/)
     python plot_norms.py --panels=all           (without it: the argument in four panels)
     python plot_norms.py --out=training.gif     (a moving picture, of the logs alone)
 
-Runs that differ in nothing but the seed are one condition: their mean is drawn, and their range as a band.
-All numbers come from log.jsonl, ckpt.pt and validation text; they go beside the figure as JSON.
+Runs that differ in nothing but the seed are one condition: the figure has their mean, and their range as a
+band. All numbers come from log.jsonl, ckpt.pt and validation text; they go beside the figure as JSON.
 """
 
-import os
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported
-
+import functools
 import json
 import math
 import sys
+import tempfile
+import textwrap
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import matplotlib.animation
 import matplotlib.figure
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from matplotlib import font_manager
+from matplotlib.lines import Line2D
 
 from data.prepare import UserError
-from looped import LoopedGPT, flag, validate
+from looped import SUPERVISIONS, LoopedGPT, cross_entropy, flag, validate
 from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
-                   pick_device, read_log, result_flags, writing)
+                   pick_device, read_log, result_flags, write_file)
 
 matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 
 # ------------------------------------------------------------------------------------------------------------
-# The diagnostics: of a model and batches [(idx, targets)], through embed, step, carry, states and readout
+# The diagnostics: functions of a model and of batches [(idx, targets)], which give {name: list}. They go
+# through embed, step, states and readout alone, so a fork that edits those is measured as it was trained; and
+# they hold the logits of one exit at a time, so a model that could be trained can be measured.
 
 
 def averaged(diagnostic):
-    """Makes of a diagnostic of one batch, {name: tensor}, one of many batches: {name: mean, as a list}."""
-    def over(model: LoopedGPT, batches) -> dict:
+    """Decorates diagnostic(model, idx, targets) -> {name: tensor}: it then takes many batches and gives the
+    mean over them, as lists."""
+    @functools.wraps(diagnostic)
+    @torch.no_grad()
+    def over_batches(model: LoopedGPT, batches: list) -> dict:
         results = [diagnostic(model, idx, targets) for idx, targets in batches]
         return {name: torch.stack([r[name] for r in results]).mean(0).tolist() for name in results[0]}
-    return torch.no_grad()(over)
+    return over_batches
 
 
-def exit_ce(model: LoopedGPT, states, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy at exits 1, 2, … as they were trained, mean over tokens. K of (B, T, C) -> (K,)"""
-    ce = [model.cross_entropy(model.expose(h, k), targets) for k, h in enumerate(states, 1)]
-    return torch.stack(ce).mean((1, 2))
+def exit_losses(model: LoopedGPT, states: list, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy at exits 1, 2, ... as they were trained. K states (B, T, C) -> (K,)"""
+    losses = []
+    for k, h in enumerate(states, 1):
+        losses.append(cross_entropy(model.readout(h, k), targets).mean())
+    return torch.stack(losses)
+
+
+def exit_gradient(model: LoopedGPT, h: torch.Tensor, k: int, targets: torch.Tensor) -> torch.Tensor:
+    """dCE_k/dh_k of each token's own cross-entropy at exit k. (B, T, C) -> (B, T, C)"""
+    h = h.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = cross_entropy(model.readout(h, k), targets).sum()
+    return torch.autograd.grad(loss, h)[0]
+
+
+def mean_norms(states: list) -> torch.Tensor:
+    return torch.stack([h.float().norm(dim=-1).mean() for h in states])
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-20)
 
 
 @averaged
 def depth(model, idx, targets):
     """Norm and cross-entropy at each loop, to four times the trained depth K."""
     states = model.states(idx, 4 * model.cfg.loops)
-    norm = torch.stack([h.float().norm(dim=-1).mean() for h in states])
-    return dict(norm=norm, ce=exit_ce(model, states, targets))
+    return dict(norm=mean_norms(states), ce=exit_losses(model, states, targets))
 
 
 @averaged
 def scale_sensitivity(model, idx, targets):
-    """Cross-entropy after the last state is multiplied by a factor: flat where the readout is blind to it."""
-    h, factors = model.states(idx)[-1], torch.logspace(-1, 1, 21)
-    ce = [model.cross_entropy(model.expose(a * h), targets).mean() for a in factors.tolist()]
-    return dict(factor=factors, ce=torch.stack(ce))
+    """Cross-entropy after the last state is multiplied by a factor: flat where the readout hides the norm."""
+    h = model.states(idx)[-1]
+    factors = torch.logspace(-1, 1, 21)
+    losses = [cross_entropy(model.readout(a * h), targets).mean() for a in factors.tolist()]
+    return dict(factor=factors, ce=torch.stack(losses))
 
 
 @averaged
 def radial_gradient(model, idx, targets):
-    """|<dCE_k/dh_k, h_k>| / (|dCE_k/dh_k| |h_k|) at each loop, mean over tokens: 0 where exit k is blind."""
-    states = [h.detach().requires_grad_() for h in model.states(idx)]
-    with torch.enable_grad():
-        grads = torch.autograd.grad(exit_ce(model, states, targets).sum(), states)
-    cosine = F.cosine_similarity(torch.stack(grads), torch.stack(states), dim=-1, eps=1e-20)       # (K, B, T)
-    return dict(share=cosine.abs().mean((1, 2)))
+    """r_k = |<g, h_k>| / (|g| |h_k|) with g = dCE_k/dh_k, which is 0 where exit k hides the norm; and, with its
+    sign, dCE_k / d log|h_k| = <g, h_k>. Mean over tokens."""
+    shares, slopes = [], []
+    for k, h in enumerate(model.states(idx), 1):
+        g = exit_gradient(model, h, k, targets)
+        shares.append(cosine(g, h).abs().mean())
+        slopes.append((g * h).sum(-1).mean())
+    return dict(share=torch.stack(shares), slope=torch.stack(slopes))
+
+
+@averaged
+def loss_gradient(model, idx, targets):
+    """|cos| and cos of h_k and the gradient that the WHOLE loss sends to it, as it is trained: every exit with
+    its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit k's
+    own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
+    follow and s_k is the mean norm, with the C that makes it meet the curve at k = 1."""
+    cfg, K = model.cfg, model.cfg.loops
+    h_0, states = model.embed(idx), model.states(idx)
+    weights = SUPERVISIONS[cfg.supervision](K)
+    later = torch.zeros_like(h_0)  # what reaches h_k through loop k + 1
+    whole, signed, own = [], [], []
+    for k in range(K, 0, -1):  # backward by hand, so that the graph of one loop or exit is there at a time
+        h = states[k - 1]
+        exit_k = exit_gradient(model, h, k, targets)
+        penalty = cfg.norm_penalty * 2 * h / (K * cfg.n_embd)  # a sum over tokens, as exit_k is
+        g = weights[k - 1] * exit_k + penalty + later
+        whole.insert(0, cosine(g, h).abs().mean())
+        signed.insert(0, cosine(g, h).mean())
+        own.insert(0, cosine(exit_k, h).abs().mean())
+        if k > 1:
+            before = states[k - 2].detach().requires_grad_()
+            with torch.enable_grad():
+                after = model.step(before, h_0, k)
+            later, = torch.autograd.grad(after, before, g)
+    bound = torch.arange(K - 1, -1, -1, device=idx.device) / mean_norms(states)
+    bound = bound * whole[0] / bound[0]
+    return dict(whole=torch.stack(whole), signed=torch.stack(signed), own=torch.stack(own), bound=bound)
 
 
 @torch.no_grad()
-def rays(model, batches):
+def trajectories(model, batches):
     """h_1 .. h_32 of a token in every 20th batch: how far each is along h_1, and how far across it."""
     idx = torch.cat([idx[-1:] for idx, _ in batches[::20]])
     h = torch.stack(model.states(idx, 32))[:, :, -1].cpu().double()  # (32, tokens, C)
-    cosine = F.cosine_similarity(h, h[:1], dim=-1)
-    along, across = h.norm(dim=-1) * cosine, h.norm(dim=-1) * (1 - cosine ** 2).clamp(min=0).sqrt()
-    return dict(along=along.T.tolist(), across=across.T.tolist())
+    norm, cos = h.norm(dim=-1), cosine(h, h[:1])
+    sin = (1 - cos ** 2).clamp(min=0).sqrt()
+    return dict(along=(norm * cos).T.tolist(), across=(norm * sin).T.tolist())
 
 
 @averaged
 def common(model, idx, _):
-    """|mean h_k|² / mean |h_k|², what all tokens of a batch share of the squared norm; and |h_k| / |h_0|."""
-    h, norm_0 = torch.stack(model.states(idx)).float(), model.embed(idx).float().norm(dim=-1)
-    norm = h.norm(dim=-1)  # (K, B, T)
+    """|mean h_k|² / mean |h_k|², the share of the squared norm that all tokens have in common; |h_k| / |h_0|."""
+    h = torch.stack(model.states(idx)).float()  # (K, B, T, C)
+    norm, norm_0 = h.norm(dim=-1), model.embed(idx).float().norm(dim=-1)
     share = h.mean((1, 2)).square().sum(-1) / norm.square().mean((1, 2))
     return dict(share=share, growth=(norm / norm_0).mean((1, 2)))
 
 
 @averaged
 def residual_expansion(model, idx, _):
-    """Of h_k = s_k·u_k with |u_k| = 1, over 30 loops: s_{k+1} - s_k, turn = |u_{k+1} - u_k|, turn · s_k."""
-    h = torch.stack(model.states(idx, 30)).float()
-    s, turn = h.norm(dim=-1), F.normalize(h, dim=-1).diff(dim=0).norm(dim=-1)                     # (30, B, T)
-    means = torch.stack((s.diff(dim=0), turn, turn * s[:-1])).mean((2, 3))
-    return dict(zip(('increment', 'turn', 'turn_times_scale'), means))
+    """Over 30 loops, with h_k = s_k·u_k and |u_k| = 1: s_{k+1} - s_k; turn = |u_{k+1} - u_k|; turn · s_k. And
+    the update h_{k+1} - h_k from h_10 on in RMS over channels: a_rad (along h_k), across it, and whole."""
+    h = torch.stack(model.states(idx, 30)).float()  # (30, B, T, C)
+    s, u = h.norm(dim=-1), F.normalize(h, dim=-1)
+    turn = u.diff(dim=0).norm(dim=-1)
+    update, u = h.diff(dim=0)[9:], u[9:-1]
+    along = (update * u).sum(-1)
+    across = (update - along[..., None] * u).norm(dim=-1)
+    rms = torch.stack((along, across, update.norm(dim=-1))) / h.size(-1) ** 0.5
+    return dict(increment=s.diff(dim=0).mean((1, 2)), turn=turn.mean((1, 2)),
+                turn_times_scale=(turn * s[:-1]).mean((1, 2)), update=rms.mean((1, 2, 3)))
 
 
 @averaged
 def radial_clamp(model, idx, targets):
-    """Cross-entropy that each exit loses when every loop leaves each token at its norm after loop 1."""
-    h_0 = model.embed(idx)
-    clamped = [model.step(h_0, h_0, 1)]
+    """Every loop leaves each token at its norm after loop 1, before it is decoded and carried on: at each exit,
+    the change of cross-entropy, and the mean norm over the one without the clamp."""
+    h_0, free = model.embed(idx), model.states(idx)
+    clamped = free[:1]
     for k in range(2, model.cfg.loops + 1):
-        direction = F.normalize(model.step(clamped[-1], h_0, k), dim=-1)
-        clamped.append(direction * clamped[0].norm(dim=-1, keepdim=True))
-    return dict(lost=exit_ce(model, clamped, targets) - exit_ce(model, model.states(idx), targets))
+        h = model.step(clamped[-1], h_0, k)
+        clamped.append(F.normalize(h, dim=-1) * free[0].norm(dim=-1, keepdim=True))
+    change = exit_losses(model, clamped, targets) - exit_losses(model, free, targets)
+    return dict(change=change, ratio=mean_norms(clamped) / mean_norms(free))
 
 
 @torch.no_grad()
 def token_norms(model, batches):
-    """How the norm of h_K is spread over tokens: its quantiles, from the least to the greatest."""
+    """How the norm of h_K is spread over tokens: its quantiles from the least to the greatest, and its mean."""
     norms = torch.cat([model.states(idx)[-1].float().norm(dim=-1).flatten() for idx, _ in batches])
     share = torch.linspace(0, 1, 101)
     at = (share * (len(norms) - 1)).round().long()
-    return dict(share=share.tolist(), norm=norms.cpu().sort().values[at].tolist())
+    return dict(share=share.tolist(), norm=norms.cpu().sort().values[at].tolist(), mean=[norms.mean().item()])
+
+
+# Early exits, and confidence halting: a sequence leaves at the first exit that is sure enough
 
 
 def margin(logits: torch.Tensor) -> torch.Tensor:
     """Confidence of each sequence: top logit minus the second, mean over positions. (B, T, V) -> (B,)"""
-    return -logits.float().topk(2).values.diff(dim=-1).mean((1, 2))
+    top = logits.float().topk(2).values
+    return (top[..., 0] - top[..., 1]).mean(1)
 
 
 def leave_at(margins: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Index of the first depth at which each sequence's margin passes, or of the last. (K, N) -> (N,)"""
+    """Index of the first exit at which each sequence's margin passes, or of the last. (K, N) -> (N,)"""
     passed = margins > threshold
     passed[-1] = True
     return passed.int().argmax(0)
 
 
 def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
-    """The least threshold, so the earliest leave, with perplexity within 1% of depth K. (K, N), (K, N)"""
-    for threshold in [-1.0, *margins.flatten().unique().tolist(), math.inf]:  # all pass -1, and none infinity
-        if ce.gather(0, leave_at(margins, threshold)[None]).mean() <= ce[-1].mean() + math.log(1.01):
-            break
-    return threshold
+    """The least threshold, so the earliest leave, with perplexity within 1% of exit K. (K, N), (K, N)"""
+    allowed = ce[-1].mean() + math.log(1.01)
+    for threshold in [-1.0, *margins.flatten().unique().tolist()]:  # every margin passes -1
+        if ce.gather(0, leave_at(margins, threshold)[None]).mean() <= allowed:
+            return threshold
+    return math.inf
 
 
 def halt(model: LoopedGPT, idx: torch.Tensor, threshold: float) -> torch.Tensor:
     """Let each sequence leave the batch at the first loop whose margin passes: how many each ran. (B,)"""
-    inside, loops = torch.arange(len(idx), device=idx.device), torch.zeros(len(idx), device=idx.device)
+    inside = torch.arange(len(idx), device=idx.device)
+    loops = torch.zeros(len(idx), device=idx.device)
     h = h_0 = model.embed(idx)
     for k in range(1, model.cfg.loops + 1):
         h = model.step(h, h_0, k)
         loops[inside] = k
-        stays = ~(margin(model.readout(h)) > threshold)
+        stays = ~(margin(model.readout(h, k)) > threshold)
         inside, h, h_0 = inside[stays], h[stays], h_0[stays]
-        if not len(inside):
+        if len(inside) == 0:
             break
     return loops
 
 
+def speed(run: Callable, batches: list) -> float:
+    """Tokens per second of run(idx), whose result is read, so that the device is waited for."""
+    start = time.perf_counter()
+    for idx, _ in batches:
+        run(idx).tolist()
+    return len(batches) * batches[0][0].numel() / (time.perf_counter() - start)
+
+
 @torch.no_grad()
 def exits(model, batches):
-    """Perplexity and tokens per second at depth k, model(idx, loops=k), and with confidence halting. Its
-    threshold and the best depth are chosen on every other batch; all results are of the others."""
-    def speed(run):  # tokens per second; what run returns is read at once, so that the device is waited for
-        start = time.perf_counter()
-        for idx, _ in batches[1::2]:
-            run(idx).tolist()
-        return len(batches[1::2]) * idx.numel() / (time.perf_counter() - start)
-    rows = []
+    """Perplexity and tokens per second at each exit; and with halting [mean loops, perplexity, speed over that
+    of exit K]. Its threshold is chosen on every other batch; all that is reported is of the rest."""
+    margins, losses = [], []
     for idx, targets in batches:
-        states = model.states(idx)
-        ce = torch.stack([model.cross_entropy(model.expose(h), targets).mean(-1) for h in states])
-        rows.append(torch.stack((torch.stack([margin(model.readout(h)) for h in states]), ce)).cpu())
-    margins, ce = torch.cat(rows[::2], dim=2)  # each (K, sequences)
-    threshold, best = calibrate(margins, ce), ce.mean(1).argmin().item()
-    margins, ce = torch.cat(rows[1::2], dim=2)
-    leaves, perplexity = leave_at(margins, threshold), ce.mean(1).exp().tolist()
-    speeds = [speed(lambda idx: model(idx, loops=k).norms) for k in range(1, model.cfg.loops + 1)]
-    halting = dict(loops=(leaves + 1).float().mean().item(), threshold=threshold,
-                   perplexity=ce.gather(0, leaves[None]).mean().exp().item(),
-                   speedup=speed(lambda idx: halt(model, idx, threshold)) / speeds[-1])
-    best_depth = dict(loops=best + 1, perplexity=perplexity[best], speedup=speeds[best] / speeds[-1])
-    return dict(perplexity=perplexity, tokens_per_second=speeds, best_depth=best_depth, halting=halting)
+        for k, h in enumerate(model.states(idx), 1):
+            logits = model.readout(h, k)
+            margins.append(margin(logits).cpu())
+            losses.append(cross_entropy(logits, targets).mean(-1).cpu())
+    shape = len(batches), model.cfg.loops, -1  # (batches, K, B)
+    margins, losses = torch.stack(margins).view(shape), torch.stack(losses).view(shape)
+    threshold = calibrate(torch.cat([*margins[::2]], dim=1), torch.cat([*losses[::2]], dim=1))
+
+    rest, ce = batches[1::2], torch.cat([*losses[1::2]], dim=1)  # (K, sequences)
+    leaves = leave_at(torch.cat([*margins[1::2]], dim=1), threshold)
+    speeds = []
+    for k in range(1, model.cfg.loops + 1):
+        speeds.append(speed(lambda idx: margin(model.readout(model.states(idx, k)[-1], k)), rest))
+    speedup = speed(lambda idx: halt(model, idx, threshold), rest) / speeds[-1]
+    halting = [(leaves + 1).float().mean().item(), ce.gather(0, leaves[None]).mean().exp().item(), speedup]
+    return dict(perplexity=ce.mean(1).exp().tolist(), tokens_per_second=speeds, halting=halting)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The panels. Drawing takes lines, [(style, the results of a condition's runs)]; a result has panel: measured
+# Drawing takes an axis, lines [(style, results of a condition's runs)] and a row of ROWS
 
 
-def draw_curves(ax, panel, lines, key, x='loop', xlabel='loop (large: K)', floor=None, crop=False, **labels):
-    """One curve per condition: the mean over its runs where all have a point, and their range as a band.
-    floor: a value, and what to say of the grey zone below it; crop: keep all in view where one explodes."""
-    lows = []
+def gather(runs: list[dict], row: 'Row') -> tuple[list, torch.Tensor]:
+    """Where all runs of a condition have a point, x (N,), and what each has there, y (runs, N)."""
+    points = []
+    for r in runs:
+        values = r[row.panel][row.key]
+        points.append(dict(zip(r[row.panel].get(row.x, range(1, len(values) + 1)), values)))
+    at = sorted(set.intersection(*[set(p) for p in points]))
+    y = torch.tensor([[p[x] for x in at] for p in points], dtype=torch.float64)
+    y[~y.isfinite()] = math.nan  # a gap
+    return at, y
+
+
+def draw_curves(ax, lines: list, row: 'Row'):
+    """One curve per condition: the mean over its runs, and their range as a band."""
+    lowest, rounding = [], 0.0
     for i, (style, runs) in enumerate(lines):
-        points = [dict(zip(r[panel].get(x) or range(1, 100_000), r[panel][key])) for r in runs]
-        at = sorted(set.intersection(*map(set, points)))
-        y = torch.tensor([[p[v] for v in at] for p in points], dtype=torch.float64)
-        y[~y.isfinite()] = math.nan  # a gap
-        if floor:
-            y = y.clamp(min=floor[0] * 0.5 * 0.8 ** i)  # side by side, so that none hides another
-        lows += [y[~y.isnan()].min().item()] if y.isfinite().any() else []
-        mean, look = y.mean(0), dict(style, markevery=max(1, len(at) // 8))
-        K = runs[0]['config']['loops'] if x == 'loop' else len(at)
-        ax.plot(at[:K], mean[:K], **look)
-        if x == 'loop':
-            ax.plot(at[K - 1:], mean[K - 1:], alpha=0.45, **look)
-            ax.plot(at[K - 1:K], mean[K - 1:K], style['marker'] or 'o', color=style['color'], markersize=8)
+        x, y = gather(runs, row)
+        below = y < row.floor
+        rounding = max([rounding, *y[below].tolist()])
+        y[below] = row.floor / 2 * 0.7 ** i  # side by side, so that none hides another
+        lowest += y[y.isfinite()].sort().values[:1].tolist()
+        mean, color = y.mean(0), style['color']
+        K = runs[0]['config']['loops'] if row.x == 'loop' else len(x)
+        style = dict(style, markevery=max(1, len(x) // 8))
+        ax.plot(x[:K], mean[:K], **style)
+        if row.x == 'loop':
+            ax.plot(x[K - 1:], mean[K - 1:], **dict(style, alpha=0.45))  # deeper than it was trained
+            ax.plot(x[K - 1:K], mean[K - 1:K], style['marker'] or 'o', color=color, markersize=8)
         if len(runs) > 1:
-            ax.fill_between(at, y.amin(0), y.amax(0), color=style['color'], alpha=0.18, linewidth=0)
-        for star in [r[panel]['halting'] for r in runs if 'halting' in r[panel]]:
-            ax.plot(star['loops'], star['perplexity'], '*', color=style['color'], mec='black', markersize=13)
-    ax.set(xlabel=xlabel, **labels)
-    if floor:
-        ax.axhspan(floor[0] * 0.5 * 0.8 ** len(lines), floor[0], color='grey', alpha=0.15, linewidth=0)
-        ax.text(0.98, floor[0], floor[1], transform=ax.get_yaxis_transform(), ha='right', va='top', c='grey')
-        ax.set_ylim(top=max(ax.get_ylim()[1], 1000 * floor[0]))
-    if crop and lows:
-        ax.set_ylim(min(lows) - 0.1, min(ax.get_ylim()[1] + 0.1, max(min(lows) + 2.5, max(lows) + 0.5)))
+            ax.fill_between(x, y.amin(0), y.amax(0), color=color, alpha=0.18, linewidth=0)
+    ax.set(xlabel=row.xlabel, xscale=row.xscale, yscale=row.yscale)
+    if row.floor:
+        bottom = row.floor / 2 * 0.7 ** len(lines)
+        ax.axhspan(bottom, row.floor, color='grey', alpha=0.15, linewidth=0)
+        ax.set_ylim(bottom, max(ax.get_ylim()[1], 1000 * row.floor))
+    if rounding:
+        ax.text(0.02, row.floor, f'0 (rounding: {rounding:.0e})'.replace('e-0', 'e-'), va='bottom', color='dimgrey',
+                transform=ax.get_yaxis_transform())
+    if row.crop and lowest:  # where one explodes, the others stay in view
+        top = max(min(lowest) + 2.5, max(lowest) + 0.5)
+        ax.set_ylim(min(lowest) - 0.1, min(ax.get_ylim()[1] + 0.1, top))
 
 
-def draw_rays(ax, panel, lines, _):
+def draw_exits(ax, lines: list, row: 'Row'):
+    """Curves, and a star for each run with confidence halting."""
+    draw_curves(ax, lines, row)
+    for style, runs in lines:
+        for r in runs:
+            loops, perplexity, _ = r['exits']['halting']
+            ax.plot(loops, perplexity, '*', color=style['color'], mec='black', markersize=13)
+
+
+def draw_loss_gradient(ax, lines: list, row: 'Row'):
+    """Curves of the whole loss; thin, of each exit's own loss; dotted, the shape of the bound."""
+    thin = [(dict(style, linewidth=1, alpha=0.6), runs) for style, runs in lines]
+    draw_curves(ax, thin, row._replace(key='own'))
+    draw_curves(ax, lines, row._replace(floor=0.0))
+    for style, runs in lines:
+        x, y = gather(runs, row._replace(key='bound'))
+        ax.plot(x[:-1], y.mean(0)[:-1], ':', color=style['color'], linewidth=1.5)
+
+
+def draw_quadrant(ax, lines: list, row: 'Row'):
+    """One point per run, of the last evaluation in its log."""
+    for style, runs in lines:
+        norms = [r['evaluation']['norms'][-1] for r in runs]
+        gains = [r['evaluation']['val_losses'][0] - r['evaluation']['val_losses'][-1] for r in runs]
+        ax.plot(norms, gains, style['marker'] or 'o', color=style['color'], markersize=10, alpha=0.8, mec='white')
+    ax.axhline(0, color='grey', linewidth=0.8, linestyle=':')
+    ax.set(xlabel=row.xlabel, xscale=row.xscale)
+    ax.set_xlim(min(ax.get_xlim()[0], 1), max(ax.get_xlim()[1], 1e4))  # so that left and right have a meaning
+    ax.set_ylim(min(ax.get_ylim()[0], -0.05), max(ax.get_ylim()[1], 0.3))
+
+
+def draw_states(ax, lines: list, row: 'Row'):
     """A strip for each condition, in its own unit: the states of the tokens of its first run."""
     ax.set_axis_off()
     for i, (style, runs) in enumerate(lines):
-        x, y = (torch.tensor(runs[0][panel][key]) for key in ('along', 'across'))  # (tokens, 32)
-        look, K = dict(color=style['color'], clip_on=False), runs[0]['config']['loops']
-        strip = ax.inset_axes((0, 1 - (i + 0.86) / len(lines), 1, 0.66 / len(lines)))
-        strip.plot(torch.stack((0 * x[:, 0], x[:, 0])), [0, 0], linewidth=2, **look)
+        x = torch.tensor(runs[0]['states']['along'])  # (tokens, 32)
+        y = torch.tensor(runs[0]['states']['across'])
+        K, look = runs[0]['config']['loops'], dict(color=style['color'], clip_on=False)
+        strip = ax.inset_axes((0, 1 - (i + 0.86) / len(lines), 1, 0.6 / len(lines)))
+        strip.plot([0, x[:, 0].max()], [0, 0], linewidth=2, **look)
         strip.plot(x.T, y.T, '.-', linewidth=1, markersize=4, **look)
         strip.plot(x[:, K - 1:K], y[:, K - 1:K], 'o', markersize=7, **look)
-        norm, quarter = torch.hypot(x, y).nanmedian(0).values, torch.linspace(0, math.pi / 2, 50)
-        strip.plot(norm[0] * quarter.cos(), norm[0] * quarter.sin(), ':', color='grey')
-        far, high = (max([1e-9, *v[v.isfinite()].tolist()]) for v in (x, y))
+        norm = torch.hypot(x, y).nanmedian(0).values
+        angle = torch.linspace(0, math.pi / 2, 50)
+        strip.plot(norm[0] * angle.cos(), norm[0] * angle.sin(), ':', color='grey')
+        far = max([1e-9, *x[x.isfinite()].tolist()])
+        high = max([far / 6, *y[y.isfinite()].tolist()])
         back = min([0.0, *x[x.isfinite()].tolist()])  # where a state has turned by more than 90 degrees
-        strip.set(xlim=(back, far), ylim=(0, max(high, far / 6)), aspect='equal', anchor='W')
+        strip.set(xlim=(back, far), ylim=(0, high), aspect='equal', anchor='W')
         strip.locator_params(axis='y', nbins=3)
-        turned, name = torch.atan2(y, x)[:, -1].nanmedian().rad2deg(), style['label']
-        name = name if len(name) < 36 else name[:35] + '…'
+        turned = torch.atan2(y, x)[:, -1].nanmedian().rad2deg()
         norms = ', '.join(f'|h_{k}| {norm[k - 1]:.3g}' for k in sorted({1, min(K, 32), 32}))
-        strip.set_title(f'{name}: {norms}, turned {turned:.0f}°', loc='left', fontsize=10,
-                        color=style['color'])
-    ax.text(0.5, -0.08, 'h_1 … h_32, along h_1 and across it (large: K)', ha='center')
+        name = textwrap.shorten(style['label'], 36, placeholder=' …')
+        strip.set_title(f'{name}: {norms}, turned {turned:.0f}°', loc='left', fontsize=10, **look)
+    ax.text(0.5, -0.08, row.xlabel, ha='center')
 
 
-LOG, SMALL = dict(yscale='log'), dict(yscale='log', floor=(1e-3, 'below 0.001'))
-ROWS = [  # one curve per condition: panel, what to measure, key, title, ylabel, and how draw_curves shows it
-    ('training', None, 'norm', 'How does the norm change in training?', 'norm at K',
-     dict(x='iter', xlabel='iteration', yscale='log')),
-    ('scale_sensitivity', scale_sensitivity, 'ce', 'Does the loss see the norm?', 'cross-entropy (nats)',
-     dict(x='factor', xlabel='factor on the last state', xscale='log', crop=True)),
-    ('radial_gradient', radial_gradient, 'share', 'Does the gradient act on the norm?',
-     '|cosine| of dCE/dh and h', dict(yscale='log', floor=(1e-4, 'below 1e-4: rounding'))),
-    ('states', rays, '', 'Do loops lengthen a state, or turn it?', '', {}),  # drawn by draw_rays
-    ('depth', depth, 'norm', 'How does the norm change from loop to loop?', 'norm of the state', LOG),
-    ('depth', depth, 'ce', 'How good is each exit?', 'cross-entropy (nats)', dict(crop=True)),
-    ('common', common, 'share', 'How much of a state do all tokens share?', 'share of the squared norm', {}),
-    ('common', common, 'growth', 'How large is a state against h_0?', 'norm over that of h_0', LOG),
-    ('residual_expansion', residual_expansion, 'increment', 'How much norm does a loop add?',
-     'growth of the norm', dict(yscale='symlog')),
-    ('residual_expansion', residual_expansion, 'turn', 'How far does a loop turn a state?', 'turn', SMALL),
-    ('radial_clamp', radial_clamp, 'lost', 'What if loops may not change the norm?', 'CE lost (nats)', SMALL),
-    ('token_norms', token_norms, 'norm', 'Is the norm that of all tokens, or of a few?', 'norm at K',
-     dict(x='share', xlabel='share of tokens with at most this norm', yscale='log')),
-    ('exits', exits, 'perplexity', 'How good is it to stop early?', 'perplexity',
-     dict(xlabel='loops per sequence (star: confidence halting)', crop=True)),
-]
-PANELS = {panel: diagnostic for panel, diagnostic, *_ in ROWS}
+class Row(NamedTuple):
+    """One axis of the figure: what it draws, and the words around it."""
+    panel: str
+    key: str  # of what the panel's diagnostic gives
+    title: str
+    how: str  # to read it
+    ylabel: str
+    draw: Callable = draw_curves
+    x: str = 'loop'
+    xlabel: str = 'loop k (dot: K)'
+    xscale: str = 'linear'
+    yscale: str = 'linear'
+    floor: float = 0.0  # what is smaller is rounding
+    crop: bool = False
+
+
+PANELS = {  # None: the log has it all
+    'training': None, 'scale_sensitivity': scale_sensitivity, 'radial_gradient': radial_gradient, 'quadrant': None,
+    'states': trajectories, 'depth': depth, 'loss_gradient': loss_gradient, 'common': common,
+    'residual_expansion': residual_expansion, 'radial_clamp': radial_clamp, 'token_norms': token_norms,
+    'exits': exits}
+
+ROWS = [
+    Row('training', 'norm', 'How does the norm change in training?', 'Level: it is held. Band: range over seeds.',
+        'norm at K', x='iter', xlabel='iteration', yscale='log'),
+    Row('scale_sensitivity', 'ce', 'Does the loss see the norm?', 'Flat: no. A valley: yes, and it prefers one.',
+        'cross-entropy (nats)', x='factor', xlabel='factor on the last state', xscale='log', crop=True),
+    Row('radial_gradient', 'share', "Does an exit's own loss act on the norm?",
+        '0: its gradient is at right angles to the state.', '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6),
+    Row('quadrant', '', 'Early exits, and the norm', 'Left: the norm is held. Low: exit 1 is as good as exit K.',
+        'CE at exit 1 minus CE at K', draw_quadrant, xlabel='norm at K (one point per run)', xscale='log'),
+    Row('states', '', 'Do loops lengthen a state, or turn it?', 'A dot per loop. Dotted arc: as long as h_1.', '',
+        draw_states, xlabel='h_1 … h_32, along h_1 and across it (large dot: K)'),
+    Row('depth', 'norm', 'How does the norm change from loop to loop?', 'Pale: deeper than trained.',
+        'norm of the state', yscale='log'),
+    Row('depth', 'ce', 'How good is each exit?', 'Pale: deeper than trained, read by the last exit.',
+        'cross-entropy (nats)', crop=True),
+    Row('loss_gradient', 'whole', 'Does the whole loss act on the norm?',
+        'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.', '|cos| of dL/dh_k and h_k',
+        draw_loss_gradient, yscale='log', floor=1e-6),
+    Row('loss_gradient', 'signed', 'Which way does it act?', 'Negative: descent lengthens h_k. L as it is trained.',
+        'mean cos of dL/dh_k and h_k'),
+    Row('common', 'share', 'How much of a state do all tokens share?', '1: all tokens have the same state.',
+        'share of the squared norm'),
+    Row('common', 'growth', 'How long is a state beside h_0?', 'h_0 is what loop 1 is fed.',
+        'norm of h_k over that of h_0', yscale='log'),
+    Row('residual_expansion', 'increment', 'How much norm does a loop add?', 'Level: each one adds the same.',
+        'norm of h_k+1 minus that of h_k', yscale='symlog'),
+    Row('residual_expansion', 'turn', 'How far does a loop turn a state?', 'Falling: later loops change less.',
+        'distance of u_k+1 and u_k', yscale='log'),
+    Row('radial_clamp', 'change', 'What if loops may not change the norm?', '0: exit k does as well without.',
+        'change of cross-entropy (nats)', yscale='symlog'),
+    Row('token_norms', 'norm', 'Is the norm that of all tokens, or of a few?', 'Steep at the right: of a few.',
+        'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log'),
+    Row('exits', 'perplexity', 'How good is it to stop early?', 'Star: each sequence stops when it is sure.',
+        'perplexity', draw_exits, xlabel='loops per sequence', crop=True)]
+
+HALF, ALL = 'half', 'all'
+TABLES = {  # {what is in a result: (title, [(heading, format, key, which of a list)])}, the paper's columns
+    'evaluation': ('Last evaluation in the log: norm, and cross-entropy at the exits in nats', [
+        ('norm at K', '.1f', 'norms', -1), ('CE at exit 1', '.3f', 'val_losses', 0),
+        ('at K/2', '.3f', 'val_losses', HALF), ('at K', '.3f', 'val_losses', -1)]),
+    'token_norms': ('Norm of single tokens at K', [
+        ('mean', '.1f', 'mean', 0), ('median', '.1f', 'norm', 50), ('p99', '.1f', 'norm', 99),
+        ('max', '.1f', 'norm', 100)]),
+    'radial_gradient': ("Exit k's own gradient: r_k = |cos| of it and h_k; g_K = dCE_K / d log|h_K|", [
+        ('r_1', '.1e', 'share', 0), ('r_K', '.1e', 'share', -1), ('g_K', '+.1e', 'slope', -1)]),
+    'loss_gradient': ('Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
+        ('|cos| at 1', '.1e', 'whole', 0), ('at K/2', '.1e', 'whole', HALF), ('at K', '.1e', 'whole', -1),
+        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', HALF), ('at K', '+.1e', 'signed', -1)]),
+    'radial_clamp': ('Every token kept at its norm after loop 1', [
+        ('norm at K over unclamped', '.3f', 'ratio', -1), ('change of CE at K', '+.4f', 'change', -1)]),
+    'residual_expansion': ('The update h_k+1 - h_k from h_10 to h_30, in RMS over channels', [
+        ('a_rad (along h_k)', '.3f', 'update', 0), ('across', '.3f', 'update', 1), ('whole', '.3f', 'update', 2)]),
+    'exits': ('Early exits', [
+        ('perplexity at exits 1 .. K', '.2f', 'perplexity', ALL), ('loops with halting', '.2f', 'halting', 0),
+        ('perplexity', '.2f', 'halting', 1), ('speed over K', '.2f', 'halting', 2)]),
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# Conditions: their names, and how they look
+
+WORDS = {'norm_penalty': ' + penalty {}', 'recurrence': ', {} recurrence', 'loops': ', K = {}',
+         'learning_rate': ', lr {}'}
+
+
+def words(flags: dict) -> str:
+    text = ''
+    for name in [*(n for n in WORDS if n in flags), *(n for n in flags if n not in WORDS)]:
+        value = f'{flags[name]:.12g}' if isinstance(flags[name], float) else str(flags[name])
+        text += WORDS.get(name, f', {name} {{}}').format(value)
+    return text
+
+
+def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
+    """What flags and log say of a run that is saved at `iteration`: its name in the paper's words, and every
+    other flag that makes it a condition of its own. UserError: no evaluation that fits."""
+    log = [x for x in log if x.get('iter', math.inf) <= iteration]  # it may be one evaluation ahead
+    flags = {name: value for name, value in result_flags(cfg).items()
+             if name not in ('seed', 'supervision', 'readout')}
+    readout = {'final_rms': 'final-only rms'}.get(cfg.readout, cfg.readout)
+    if cfg.readout == 'alpha':
+        flags.pop('alpha', None)
+        readout = f'alpha {cfg.alpha:.12g}'
+    if cfg.eval_iters != TrainConfig.eval_iters:  # means over other batches are not averaged with these
+        flags['eval_iters'] = cfg.eval_iters
+    for x in log:
+        if x['iter'] < iteration and set(x.get('changed', ())) - {'max_iters'}:
+            flags['changed at'] = x['iter']
+    if iteration < cfg.max_iters:
+        flags['stopped at'] = iteration
+
+    evaluation = [x for x in log if 'val_losses' in x][-1:]
+    if not evaluation or len(evaluation[0]['val_losses']) != cfg.loops:
+        raise UserError(f'its log has no evaluation of {cfg.loops} loops up to iteration {iteration}: train it on')
+    steps = [x for x in log if x.get('norms') and ('loss' in x or x['iter'] == 0)]
+    training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
+    return dict(name=f'{cfg.supervision.replace("_", "-")} + {readout}', flags=flags, seed=cfg.seed,
+                config=asdict(cfg), evaluation=evaluation[0], training=training, log=steps)
+
+
+def conditions(results: list[dict]) -> tuple[str, dict[str, list[dict]]]:
+    """The flags that all runs share, where they differ in others; and {label: the runs of a condition}."""
+    first, shared = results[0], {}
+    if any(r['name'] + words(r['flags']) != first['name'] + words(first['flags']) for r in results):
+        for name, value in first['flags'].items():
+            if all(name in r['flags'] and r['flags'][name] == value for r in results):
+                shared[name] = value
+    groups = {}
+    for r in results:
+        own = {name: value for name, value in r['flags'].items() if name not in shared}
+        groups.setdefault(r['name'] + words(own), []).append(r)
+    return words(shared).lstrip(' +,'), groups
+
 
 COLORS = {'rms': '#D55E00', 'rms + penalty': '#009E73', 'raw': '#0072B2', 'cut': '#000000',
           'layernorm': '#CC79A7', 'final_rms': '#E69F00', 'alpha': '#56B4E9'}  # Okabe and Ito's
+SPARE = ['#332288', '#44AA99', '#882255', '#999933', '#AA4499', '#117733', '#88CCEE', '#DDCC77', '#CC6677']
 DASHES = {'residual per_loop': '-', 'residual terminal': '--', 'rms per_loop': ':', 'damped per_loop': '-.'}
-MARKERS = 's^vD<>pPXdhH'
 
 
 def styles(groups: dict[str, list[dict]]) -> list[tuple]:
-    """[(how a condition is drawn, its runs)]: colour for readout and penalty, dashes for recurrence and
-    supervision, a marker for the rest; the same in every figure, unless two of one figure would coincide."""
+    """[(how a condition is drawn, its runs)]. Colour: readout and penalty; of conditions that share those, the
+    plainest has their colour and the others spare ones, later with markers. Dashes: recurrence, supervision."""
+    spare = [(color, marker) for marker in ('', *'s^vD<>pPX') for color in SPARE]
     looks = {}
-    for label in sorted(groups):
-        config, flags = groups[label][0]['config'], groups[label][0]['flags']
-        color = config['readout'] + (' + penalty' if config['norm_penalty'] else '')
-        dash = f'{config["recurrence"]} {config["supervision"]}'
-        shown = ['readout', 'recurrence', 'supervision'] if dash in DASHES else ['readout']
-        rest = [flag for flag in flags.items() if flag[0] not in shown and flag != ('norm_penalty', 0.01)]
-        other = matplotlib.colormaps['tab20b'](zlib.crc32(color.encode()) % 20)
-        look = dict(color=COLORS.get(color, other), linewidth=2.2,
-                    linestyle=DASHES.get(dash, (0, (6, 2, 1, 2, 1, 2))),
-                    marker=MARKERS[zlib.crc32(str(rest).encode()) % len(MARKERS)] if rest else '')
-        while look in looks.values():
-            following = MARKERS[(MARKERS.find(look['marker'] or '?') + 1) % len(MARKERS)]
-            look.update(marker=following, linewidth=look['linewidth'] * 0.9)
-        looks[label] = look
-    return [(dict(looks[label], label=label), runs) for label, runs in groups.items()]
+    for label in sorted(groups, key=lambda label: (len(groups[label][0]['flags']), label)):
+        config = groups[label][0]['config']
+        color, marker = COLORS.get(config['readout'] + ' + penalty' * (config['norm_penalty'] > 0)), ''
+        if color is None or color in [look['color'] for look in looks.values()]:
+            color, marker = spare[len(looks) % len(spare)]
+        dash = DASHES.get(f'{config["recurrence"]} {config["supervision"]}', (0, (6, 2, 1, 2, 1, 2)))
+        looks[label] = dict(color=color, marker=marker, linestyle=dash, linewidth=2.2, label=drawable(label))
+    return [(looks[label], runs) for label, runs in groups.items()]
 
 
-def draw(groups: dict[str, list[dict]], panels: list[str], out: Path):
+def drawable(text: str) -> str:
+    """`text` as matplotlib draws it literally: no $ begins a formula, and what its font lacks is an escape."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    known = font.get_charmap()
+    text = ''.join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
+    return text.replace('$', r'\$')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The figure, the moving picture, the tables
+
+
+def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Path):
     """One figure of the chosen panels."""
     lines = styles(groups)
-    pairs = [lines[i:i + 2] for i in range(0, len(lines), 2)]
-    cells = [(row, some) for panel in panels for row in ROWS if row[0] == panel
-             for some in (pairs if panel == 'states' else [lines])]
+    cells = []
+    for row in [row for panel in panels for row in ROWS if row.panel == panel]:
+        size = 2 if row.panel == 'states' else len(lines)  # two strips fit into an axis
+        cells += [(row, lines[i:i + size]) for i in range(0, len(lines), size)]
     columns = 2 if len(cells) in (2, 4) else min(3, len(cells))
-    rows = math.ceil(len(cells) / columns)
-    fig = matplotlib.figure.Figure(figsize=(max(8, 5.6 * columns), 4.1 * rows))
-    for i, ((panel, _, key, title, ylabel, options), some) in enumerate(cells, 1):
-        ax = fig.add_subplot(rows, columns, i, title=title, ylabel=ylabel)
-        (draw_rays if panel == 'states' else draw_curves)(ax, panel, some, key, **options)
+    height = math.ceil(len(cells) / columns)
+    fig = matplotlib.figure.Figure(figsize=(max(8, 5.6 * columns), 4.3 * height))
+    for i, (row, some) in enumerate(cells, 1):
+        ax = fig.add_subplot(height, columns, i, ylabel=row.ylabel)
+        ax.set_title(row.title, pad=22)
+        ax.text(0.5, 1.03, row.how, transform=ax.transAxes, ha='center', fontsize=10, color='dimgrey')
+        row.draw(ax, some, row)
     fig.tight_layout(h_pad=2)
-    handles = [matplotlib.lines.Line2D([], [], **style) for style, _ in lines]
-    fig.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
-    with writing(out) as f:
-        fig.savefig(f, format=out.name[-3:], dpi=110, bbox_inches='tight')
-
-
-def cell(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return f'{t.mean():.{digits}f}' + (f' ± {t.std():.{digits}f}' if len(t) > 1 else '')
+    handles = [Line2D([], [], **dict(style, label=textwrap.fill(style['label'], 46))) for style, _ in lines]
+    title = textwrap.fill(drawable(f'All runs: {shared}'), 50 * columns) if shared else None
+    fig.legend(handles=handles, title=title, loc='upper center', bbox_to_anchor=(0.5, 0), ncols=min(2, columns),
+               frameon=False)
+    buffer = BytesIO()
+    fig.savefig(buffer, format=out.suffix[1:], dpi=110, bbox_inches='tight')
+    write_file(out, buffer.getvalue())
 
 
 def animate(groups: dict[str, list[dict]], out: Path):
-    """The first 120 iterations in the logs as a moving picture: the norm at every loop."""
-    points, frames = [x for runs in groups.values() for r in runs for x in r['log']], []
-    iterations = sorted({x['iter'] for x in points})[:120]
-    norms = [n for x in points if x['iter'] <= iterations[-1] for n in x['norms'] if 0 < n < math.inf] or [1]
-    for it in iterations:
-        fig, handles = matplotlib.figure.Figure(figsize=(8, 4.2)), []
-        ax = fig.add_axes((0.1, 0.15, 0.48, 0.74), title=f'iteration {it}', ylabel='norm of the state')
-        for style, runs in styles(groups):
-            now = [[x for x in r['log'] if x['iter'] <= it or x is r['log'][0]][-1] for r in runs]
-            draw_curves(ax, 'frame', [(style, [dict(r, frame=x) for r, x in zip(runs, now)])], 'norms',
-                        yscale='log', ylim=(0.7 * min(norms), 1.4 * max(norms)))
-            words = style['label'].replace(', ', '\n') + f'\nnorm {cell([x["norms"][-1] for x in now], 1)}'
-            words += f', loss {cell([x["loss"] for x in now], 2)}' if 'loss' in now[0] else ''
-            handles.append(matplotlib.lines.Line2D([], [], **dict(style, label=words)))
-        ax.legend(handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False,
-                  fontsize=min(12, 70 / len(handles)))
-        fig.savefig(buffer := BytesIO(), dpi=100)
-        image, first = Image.open(buffer).convert('RGB'), (frames or [None])[0]  # whose palette is for all
-        frames.append(image.quantize(64, Image.Quantize.MAXCOVERAGE, palette=first, dither=Image.Dither.NONE))
-    ms = [60 + 600 * (b - a) // b for a, b in zip(iterations, iterations[1:])]  # the first are the slowest
-    with writing(out) as f:
-        frames[0].save(f, 'GIF', save_all=True, append_images=frames[1:], duration=ms + [3000], loop=0)
+    """The first 120 iterations in the logs as a moving picture: the norm at every loop, one curve per run."""
+    lines = styles(groups)
+    logs = [r['log'] for _, runs in lines for r in runs]
+    iterations = sorted({x['iter'] for log in logs for x in log})[:120]
+    norms = [n for log in logs for x in log if x['iter'] <= iterations[-1] for n in x['norms']]
+    norms = [n for n in norms if 0 < n < math.inf] or [1]
+    fig = matplotlib.figure.Figure(figsize=(8, 4.2))
+    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74), xlabel='loop k', ylabel='norm of the state', yscale='log',
+                      ylim=(0.7 * min(norms), 1.4 * max(norms)))
+    ax.set_xlim(0.5, max(len(log[0]['norms']) for log in logs) + 0.5)
+    curves = [ax.plot([], [], **style)[0] for style, runs in lines for _ in runs]
+    handles = [Line2D([], [], **style) for style, _ in lines]
+    legend = ax.legend(handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False,
+                       fontsize=min(12, 70 / len(handles)))
+
+    def latest(log, it):
+        return [x for x in log if x['iter'] <= it or x is log[0]][-1]
+
+    def update(it):
+        ax.set_title(f'iteration {it}')
+        for curve, log in zip(curves, logs):
+            now = latest(log, it)['norms']
+            curve.set_data(range(1, len(now) + 1), now)
+        for text, (style, runs) in zip(legend.get_texts(), lines):
+            norm = cell([latest(r['log'], it)['norms'][-1] for r in runs], '.1f')
+            text.set_text(f'{textwrap.fill(style["label"], 30)}\nnorm at K: {norm}')
+
+    frames = []
+    for i, it in enumerate(iterations, 1):
+        frames += [it] * (1 + 6 // i)  # the first changes are the largest
+    movie = matplotlib.animation.FuncAnimation(fig, update, frames + iterations[-1:] * 25, init_func=list)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'movie.gif')
+        movie.save(path, matplotlib.animation.PillowWriter(fps=10), dpi=100)
+        write_file(out, path.read_bytes())
+
+
+def cell(values: list[float], form: str) -> str:
+    """Mean ± standard deviation over seeds."""
+    t = torch.tensor(values, dtype=torch.float64)
+    return format(t.mean().item(), form) + (f' ± {format(t.std().item(), form.lstrip("+"))}' if len(t) > 1 else '')
+
+
+def tables(shared: str, groups: dict[str, list[dict]]) -> str:
+    """Markdown: a table for all that was measured and has one, with one row per condition."""
+    text = f'Mean ± standard deviation over seeds.{" All runs: " * bool(shared)}{shared}\n'
+    for panel, (title, columns) in TABLES.items():
+        if any(panel not in r for runs in groups.values() for r in runs):
+            continue
+        headings = ['condition', 'seeds', *[heading.replace('|', r'\|') for heading, *_ in columns]]
+        text += f'\n{title}:\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
+        for label, runs in groups.items():
+            cells = [label.replace('|', r'\|'), str(len(runs))]
+            for _, form, key, which in columns:
+                lists = [r[panel][key] for r in runs]
+                K = len(lists[0])
+                indices = {HALF: [max(1, K // 2) - 1], ALL: range(K)}.get(which, [which])
+                cells.append(' / '.join(cell([values[i] for values in lists], form) for i in indices))
+            text += f'| {" | ".join(cells)} |\n'
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class PlotConfig:
     out: str = flag('blind_spot.png', 'the figure, its numbers beside it as .json; or a moving picture, .gif')
-    panels: str = flag('training,scale_sensitivity,radial_gradient,states', f'all, or of\n{",".join(PANELS)}')
+    panels: str = flag('training,scale_sensitivity,radial_gradient,quadrant', f'all, or of\n{",".join(PANELS)}')
     eval_iters: int = flag(50, 'batches of validation text', low=2, high=10_000)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu')
 
     def __post_init__(self):
         validate(self)
-        self.panels = ','.join(PANELS) if self.panels == 'all' else self.panels
-        if self.out[-4:] not in ('.png', '.pdf', '.svg', '.gif') or not Path(self.out).parent.is_dir():
-            raise ValueError(f'out must end in .png, .pdf, .svg or .gif, in some folder, got {self.out!r}')
-        if unknown := set(self.panels.split(',')) - set(PANELS):
-            raise ValueError(f'panels must be all, or of {", ".join(PANELS)}, got {unknown.pop()!r}')
-
-
-def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
-    """What flags and log say of a run. Its label is its condition: the paper's words, then every
-    flag that changes the result and is not at its default, but the seed. UserError: no evaluation yet."""
-    flags = {k: v for k, v in result_flags(cfg).items() if k != 'seed'}
-    flags |= {'changed at': x['iter'] for x in log if set(x.get('changed', ())) - {'max_iters'}}
-    flags |= {'stopped at': iteration} if iteration < cfg.max_iters else {}
-    readout = dict(alpha=f'alpha {cfg.alpha:.12g}', final_rms='final-only rms').get(cfg.readout, cfg.readout)
-    label = f'{cfg.supervision.replace("_", "-")} + {readout}'
-    label += f' + penalty {cfg.norm_penalty:.12g}' if cfg.norm_penalty else ''
-    label += f', {cfg.recurrence} recurrence' if cfg.recurrence != 'residual' else ''
-    said = {'readout', 'recurrence', 'supervision', 'norm_penalty', 'alpha' if cfg.readout == 'alpha' else ''}
-    for name in [name for name in flags if name not in said]:
-        value = f'{flags[name]:.12g}' if isinstance(flags[name], float) else flags[name]
-        label += f', {dict(learning_rate="lr", loops="K =").get(name, name)} {value}'
-    points = [x for x in log if x.get('norms') and ('loss' in x or x['iter'] == 0)]
-    training = dict(iter=[x['iter'] for x in points], norm=[x['norms'][-1] for x in points])
-    evaluations = [x for x in log if x.get('norms') and x.get('val_losses')]
-    if not evaluations:
-        raise UserError('nothing is evaluated in its log yet')
-    return dict(label=label, seed=cfg.seed, flags=flags, config=asdict(cfg), evaluation=evaluations[-1],
-                training=training, log=points)
+        out = Path(self.out).expanduser()
+        if out.suffix not in ('.png', '.pdf', '.svg', '.gif') or not out.parent.is_dir() or out.is_dir():
+            raise ValueError(f'out must be a file .png, .pdf, .svg or .gif, in some folder, got {self.out!r}')
+        if self.panels == 'all':
+            self.panels = ','.join(PANELS)
+        for panel in self.panels.split(','):
+            if panel not in PANELS:
+                raise ValueError(f'panels must be all, or of {", ".join(PANELS)}, got {panel!r}')
 
 
 def measure(path: Path, cfg: PlotConfig) -> dict:
-    """All that is shown of a run. UserError or OSError: it is too young, damaged or foreign."""
+    """All that is shown of a run. UserError: it is too young, damaged or foreign."""
     log = read_log(path / 'log.jsonl')
-    if cfg.out[-4:] == '.gif':
+    if cfg.out.endswith('.gif'):
         try:
-            return describe(TrainConfig(**log[0]), log[-1]['iter'], log)
-        except (TypeError, ValueError, LookupError) as e:
+            run = TrainConfig(**log[0])
+        except (TypeError, ValueError) as e:
             raise UserError(f'{path / "log.jsonl"} has other flags than this train.py ({e})') from e
+        return describe(run, log[-1].get('iter', 0), log)
     model, run, state = load_checkpoint(path / 'ckpt.pt')
     result = describe(run, state['iter'], log)
     device = pick_device(cfg.device, run.n_embd)
     tokens, _ = load_tokens(run, state['corpus'])
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
-    return result | {p: PANELS[p](model.to(device), batches) for p in cfg.panels.split(',') if PANELS[p]}
-
-
-def tables(groups: dict[str, list[dict]], panels: list[str]) -> str:
-    """Markdown, one row per condition: norm and cross-entropy at the exits, and what the exits are worth."""
-    rows = ['Of the last evaluation in each log; mean ± standard deviation over seeds:\n',
-            '| condition | seeds | norm at K | CE at exit 1 | at K/2 | at K |', '|---' * 6 + '|']
-    worth = ['\n| condition | perplexity at depth 1 | at K/2 | at K | best depth | perplexity | speed over K '
-             '| loops with halting | perplexity | speed over K |', '|---' * 10 + '|']
-    for label, runs in groups.items():
-        K, last = runs[0]['config']['loops'], [r['evaluation'] for r in runs]
-        at = 1, max(1, K // 2), K
-        cells = [cell([x['norms'][-1] for x in last], 1)]
-        cells += [cell([x['val_losses'][k - 1] for x in last], 3) for k in at]
-        rows.append(f'| {label} | {len(runs)} | {" | ".join(cells)} |')
-        if 'exits' in panels:
-            e = [r['exits'] for r in runs]
-            cells = [cell([x['perplexity'][k - 1] for x in e], 2) for k in at]
-            for way in 'best_depth', 'halting':
-                cells += [cell([x[way][key] for x in e], 2) for key in ('loops', 'perplexity', 'speedup')]
-            worth.append(f'| {label} | {" | ".join(cells)} |')
-    return '\n'.join(rows + (worth if 'exits' in panels else []))
+    model.to(device)
+    for panel in cfg.panels.split(','):
+        if PANELS[panel]:
+            result[panel] = PANELS[panel](model, batches)
+    return result
 
 
 @one_line_errors
-def main(argv=None):
+def main(argv):
     parser = FlagParser(PlotConfig, __doc__)
     parser.add_argument('runs', nargs='*', help='folders of runs (default: all under out/)')
-    cfg, given = parser.parse(argv)
-    out, start = Path(cfg.out), time.time()
+    cfg, typed = parser.parse(argv)
+    out, start = Path(cfg.out).expanduser(), time.time()
     pick_device(cfg.device)  # a mistake in it ends here, and not once per run
-    paths = [Path(p) for p in given['runs']] or sorted(p.parent for p in Path('out').glob('*/log.jsonl'))
-    groups, doing = {}, 'reading its log' if cfg.out[-4:] == '.gif' else f'measuring {cfg.panels}'
+    paths = [Path(p).expanduser() for p in typed['runs']]
+    paths = paths or sorted(log.parent for log in Path('out').glob('*/log.jsonl'))
+    if not paths:
+        raise UserError('no runs under out/: train some first, such as python train.py --readout=rms')
+
+    results = []
     for i, path in enumerate(paths, 1):
-        print(f'[{i}/{len(paths)}] {path}: {doing}', file=sys.stderr)
+        print(f'[{i}/{len(paths)}] {path}', file=sys.stderr)
         try:
             result = measure(path, cfg)
-            group = groups.setdefault(result['label'], [])
-            if result['seed'] in [r['seed'] for r in group]:
+            if any(all(r[key] == result[key] for key in ('name', 'flags', 'seed')) for r in results):
                 raise UserError('it is another copy of a run that is drawn')
-            group.append(dict(result, path=str(path)))
-        except (UserError, OSError, MemoryError) as e:
+            results.append(dict(result, path=str(path)))
+        except UserError as e:
             print(f'{path}: left out,', *str(e).split(), file=sys.stderr)
-    if not groups:
-        raise UserError('none of these runs could be measured' if paths else
-                        'no runs under out/: train some first, such as python train.py --readout=rms')
-    print(tables(groups, cfg.panels.split(',')))
-    if cfg.out[-4:] == '.gif':
+    if not results:
+        raise UserError('none of these runs could be measured')
+
+    shared, groups = conditions(results)
+    if out.suffix == '.gif':
         animate(groups, out)
     else:
-        draw(groups, cfg.panels.split(','), out)
-        with writing(out.with_suffix('.json'), 'w') as f:  # which holds no NaN and no Infinity
-            json.dump(json.loads(json.dumps(groups), parse_constant=lambda _: None), f, indent=1)
+        draw(shared, groups, cfg.panels.split(','), out)
+        plain = json.loads(json.dumps(groups), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
+        write_file(out.with_suffix('.json'), json.dumps(plain, indent=1).encode())
     print(f'{out} is drawn, in {time.time() - start:.0f} s', file=sys.stderr)
+    print(tables(shared, groups), flush=True)  # last: where nobody reads it, the figure is there
 
 
 if __name__ == '__main__':

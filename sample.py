@@ -5,12 +5,6 @@ Continue a prompt with a trained model, at any depth, or at every depth one unde
     python sample.py out/RUN --prompt="def " --every_depth
 """
 
-import os
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported
-
 import codecs
 import sys
 import time
@@ -41,12 +35,19 @@ class SampleConfig:
 
 def read_prompt(prompt: str) -> str:
     """The text itself, of FILE:path or of standard input. UserError if there is none."""
-    text = prompt.encode(errors='replace')
-    if prompt == '-' or prompt.startswith('FILE:'):
-        text = sys.stdin.buffer.read() if prompt == '-' else Path(prompt[5:]).read_bytes()
-    if not text:
+    if prompt == '-':
+        data = sys.stdin.buffer.read()
+    elif prompt.startswith('FILE:'):
+        path = Path(prompt[5:]).expanduser()
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise UserError(f'could not read the prompt {path} ({e.strerror})') from e
+    else:
+        data = prompt.encode(errors='replace')
+    if not data:
         raise UserError('the prompt is empty: give at least one character')
-    return text.decode(errors='replace')
+    return data.decode(errors='replace')
 
 
 @torch.no_grad()
@@ -56,8 +57,10 @@ def likeliest(model: LoopedGPT, encoding, idx: torch.Tensor, depths: list[int]):
     for depth in depths:
         logits = model(idx[:, -model.cfg.block_size:], loops=depth).logits[0, -1]
         top = logits.float().softmax(-1).topk(min(5, len(logits)))
-        row = zip(top.indices.tolist(), top.values.tolist())
-        print(f'{depth:>4} loops', *(f'{encoding.decode([i])!r:>8} {p:.3f}' for i, p in row))
+        row = f'{depth:>4} loops'
+        for token, p in zip(top.indices.tolist(), top.values.tolist()):
+            row += f' {encoding.decode([token])!r:>8} {p:.3f}'
+        print(row)
 
 
 def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
@@ -65,9 +68,9 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
     torch.manual_seed(seed)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span tokens
     start = time.perf_counter()
-    for new in model.stream(idx, cfg.max_new_tokens, depth, cfg.temperature, cfg.top_k or None):
-        print(decoder.decode(encoding.decode_single_token_bytes(new.item())), end='', flush=True)
-        idx = torch.cat((idx, new), dim=1)
+    for token in model.stream(idx, cfg.max_new_tokens, depth, cfg.temperature, cfg.top_k or None):
+        print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end='', flush=True)
+        idx = torch.cat((idx, token), dim=1)
     seconds = time.perf_counter() - start
     norm = model(idx[:, -model.cfg.block_size:], loops=depth).norms[-1]
     print(f'{decoder.decode(b"", final=True)}\n--- {depth} loops, seed {seed}: state norm {norm:.1f}\n')
@@ -75,17 +78,19 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
 
 
 @one_line_errors
-def main(argv=None):
+def main(argv):
     parser = FlagParser(SampleConfig, __doc__)
     parser.add_argument('run', type=Path, help='the folder of a run, as out/python-raw-residual-per_loop')
     cfg, given = parser.parse(argv)
-    run = given['run']
+    run = given['run'].expanduser()
     model, trained, _ = load_checkpoint(run if run.is_file() else run / 'ckpt.pt')
     device = pick_device(cfg.device, trained.n_embd)
     model.to(device)
-    encoding, prompt = get_tokenizer(trained.vocab_size), read_prompt(cfg.prompt)
+    encoding = get_tokenizer(trained.vocab_size)
+    prompt = read_prompt(cfg.prompt)
     idx = torch.tensor([encoding.encode(prompt, disallowed_special=())], device=device)
-    depths = [K := cfg.loops or model.cfg.loops]
+    K = cfg.loops or model.cfg.loops
+    depths = [K]
     if cfg.every_depth:
         depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
         likeliest(model, encoding, idx, depths)

@@ -1,34 +1,35 @@
 """
-Train a looped language model on one GPU, or on the CPU of a laptop.
+Train a looped language model on the CPU of a laptop, on one GPU or on several.
 
     python train.py --readout=rms --loops=8
+    torchrun --standalone --nproc_per_node=4 train.py --gradient_accumulation_steps=4
 
 A run is a folder: log.jsonl (the flags, then one line per logged step or evaluation) and ckpt.pt.
 """
 
-import os
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported
-
 import argparse
+import ast
 import difflib
+import functools
+import importlib.util
+import io
 import json
 import math
+import os
 import re
-import socket
+import shlex
+import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
-from torch.utils._triton import has_triton
+import torch.distributed as dist
 
 from data.prepare import BUILTIN, UserError, prepare, read_meta
 from looped import LoopedConfig, LoopedGPT, flag
@@ -38,21 +39,24 @@ from looped import LoopedConfig, LoopedGPT, flag
 class TrainConfig(LoopedConfig):
     """Every flag of train.py: the model's, then these."""
     dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
-    out_dir: str = flag('', 'folder of the run; named after the flags if left out', result=False)
+    init_from: str = flag('', 'folder of a run whose weights and flags this one starts from', resume=False)
     batch_size: int = flag(8, 'sequences per micro-step', low=1, high=2 ** 20)
-    gradient_accumulation_steps: int = flag(1, 'micro-steps per update', low=1, high=2 ** 20)
+    gradient_accumulation_steps: int = flag(1, 'micro-steps per update, over all processes', low=1)
     max_iters: int = flag(1600, 'updates in all', low=1)
-    learning_rate: float = flag(1e-3, 'constant after the warm-up')
+    learning_rate: float = flag(1e-2, 'after the warm-up')
     warmup_iters: int = flag(0, 'updates of linear warm-up')
-    weight_decay: float = flag(0.01, 'decoupled, on matrices only')
+    lr_decay_iters: int = flag(0, 'where a cosine reaches min_lr; 0: the rate is constant, as in the paper')
+    min_lr: float = flag(0.0, 'learning rate at lr_decay_iters')
+    weight_decay: float = flag(0.01, 'decoupled, on every parameter, as in the paper')
     beta1: float = flag(0.9, 'of AdamW', high=0.99999)
     beta2: float = flag(0.999, 'of AdamW', high=0.99999)
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip')
     seed: int = flag(1, 'of weights, batches and dropout', high=2 ** 32)
-    device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
     dtype: str = flag('auto', 'of products; auto: bfloat16 if cuda has it', ('auto', 'float32', 'bfloat16'))
+    device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
     compile: str = flag('auto', 'torch.compile; auto: on cuda', ('auto', 'True', 'False'), result=False)
-    checkpoint_loops: bool = flag(False, 'compute each loop again in backward: less memory', result=False)
+    checkpoint_loops: bool = flag(False, 'less memory: compute loops again in backward', result=False)
+    out_dir: str = flag('', 'folder of the run; named after the flags if left out', result=False)
     eval_interval: int = flag(200, 'updates between evaluations, which also save', low=1, result=False)
     eval_iters: int = flag(50, 'batches per split and evaluation', low=1, high=2 ** 20, result=False)
     log_interval: int = flag(20, 'updates between log lines', low=1, result=False)
@@ -60,355 +64,595 @@ class TrainConfig(LoopedConfig):
     overwrite: bool = flag(False, 'replace the run in out_dir', result=False)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The command line. sample.py and plot_norms.py use it, too.
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
 
-    def __init__(self, config, about):
+    def __init__(self, config, about: str):
         super().__init__(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-        self.config, words = config, dict(true=True, false=False)
+        self.config = config
+        self.switches = []  # --resume is --resume=True
+        types = get_type_hints(config)
+        groups = {}
         for f in fields(config):
-            choices = f.metadata.get('choices') or ()
-            kind = (lambda text: words.get(text.lower(), text)) if f.type is bool else f.type
-            switch = dict(nargs='?', const=True) if f.type is bool or 'True' in choices else {}
-            meaning = f'{f.metadata.get("help", "")} (default: {f.default!r})'.replace('%', '%%')
-            self.add_argument(f'--{f.name}', type=kind, default=argparse.SUPPRESS, help=meaning, **switch,
-                              metavar='{' + ','.join(choices) + '}' if choices else f.type.__name__.upper())
+            kind, rules = types[f.name], f.metadata
+            choices = rules.get('choices') or ()
+            title = 'flags'
+            if f.name in LoopedConfig.__dataclass_fields__:
+                title = 'model'
+            elif issubclass(config, LoopedConfig):
+                title = 'training' if rules.get('result', True) else 'machine and output'
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            metavar = getattr(kind, '__name__', str(kind)).upper()
+            if choices:
+                metavar = '{' + ','.join(choices) + '}'
+            if kind is bool or 'True' in choices:
+                self.switches.append(f'--{f.name}')
+            groups[title].add_argument(
+                f'--{f.name}', metavar=metavar, default=argparse.SUPPRESS,
+                type=kind if kind in (int, float, str) else literal,
+                help=f'{rules.get("help", "")} (default: {f.default!r})'.replace('%', '%%'))
 
-    def error(self, message):
-        unknown = re.findall('unrecognized arguments: ([^ =]+)', message)
-        near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions, 1, 0.7)
-        self.exit(2, f'{self.prog}: {message}{f"; did you mean {near[0]}?" if near else ""} (see --help)\n')
+    def error(self, message: str):
+        unknown = re.search('unrecognized arguments: ([^ =]+)', message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
+        if near:
+            message += f'; did you mean {near[0]}?'
+        elif unknown and unknown[1] == '--out_dir':
+            message += '; name the folder of the run by itself, without a flag'
+        self.exit(2, f'{self.prog}: {message} (see --help)\n')
 
     def parse(self, argv: list[str]):
         """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
-        switches = [name for name, action in self._option_string_actions.items() if action.const]
-        argv = [f'{word}=True' if word in switches else word for word in argv]  # or it takes the next word
-        typed, names = vars(self.parse_args(argv)), [f.name for f in fields(self.config)]
+        words = []
+        for word, following in zip(argv, [*argv[1:], '']):
+            alone = word in self.switches and following.lower() not in ('true', 'false', 'auto')
+            words.append(f'{word}=True' if alone else word)
+        typed = vars(self.parse_args(words))
+        flags = {f.name: typed[f.name] for f in fields(self.config) if f.name in typed}
         try:
-            return self.config(**{name: typed[name] for name in names if name in typed}), typed
+            return self.config(**flags), typed
         except ValueError as e:
             self.error(f'--{e}')
 
 
+def literal(text: str):
+    """True, None, (1, 2): the value of a flag that is no int, float or str; or else the text itself."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ('true', 'false') else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def one_line_errors(main):
-    """Decorates main(argv): the user's mistakes are one line and exit code 1; a bug keeps its traceback."""
+    """Decorates main(argv): a user's mistake is one line and exit code 1, a bug keeps its traceback."""
+    @functools.wraps(main)
     def program(argv=None):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout.reconfigure(errors='replace')  # for a terminal that is not UTF-8
+        if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has none
+            sys.stdout.reconfigure(errors='replace')  # for a terminal that is not UTF-8
         try:
-            sys.exit(main(sys.argv[1:] if argv is None else argv))
+            code = main(sys.argv[1:] if argv is None else argv)
+        except UserError as e:
+            message = ' '.join(str(e).split())
+            code = f'{Path(main.__code__.co_filename).name}: {message[:600]}'
         except KeyboardInterrupt:
-            sys.exit(130)
-        except Exception as e:
-            if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
-                e = 'out of memory: try a smaller batch or model (--batch_size, --n_embd, --checkpoint_loops)'
-            elif not isinstance(e, (UserError, OSError)):
-                raise
-            sys.exit(f'{Path(main.__code__.co_filename).name}: {" ".join(str(e).split())[:600]}')
+            code = 130
+        except BrokenPipeError:  # python sample.py ... | head -1
+            sys.stdout = open(os.devnull, 'w')
+            code = 141
+        if code:
+            sys.exit(code)
     return program
+
+
+def say(line: str):
+    """Print a line. Where nobody reads any more, training goes on: Ctrl-C has ended `| tee log`, too."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, 'w')
 
 
 def pick_device(name: str, n_embd: int = 0) -> torch.device:
     """'auto' is CUDA, then MPS, then the CPU. UserError for a device that is not here."""
+    version = tuple(int(x) for x in re.findall(r'\d+', torch.__version__)[:2])
+    mps_is_right = version >= (2, 13)  # before, attention there is wrong (pytorch issues 195910, 163597)
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        mps = torch.backends.mps.is_available() and mps_is_right
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if name.startswith('mps') and not mps_is_right:
+        raise UserError('--device=mps needs torch 2.13, before which attention there is wrong: --device=cpu')
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f'--device={name} does not work here, try --device=auto ({e})') from e
-    if name.startswith('cpu') and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    elif device.type == 'cpu' and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(1)  # a small model's threads wait for each other on a busy machine
-    return torch.device(name)
+    return device
 
 
-def result_flags(cfg: TrainConfig, base: TrainConfig | None = None) -> dict:
-    """The flags that change the result of a run, where they differ from `base`, else from their defaults."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata.get('result', True)
-            and getattr(cfg, f.name) != (getattr(base, f.name) if base else f.default)}
-
-
-def run_folder(cfg: TrainConfig) -> Path:
-    """cfg.out_dir, or a name made of the flags that change the result: ablations land side by side."""
-    name = f'{cfg.dataset}-{cfg.readout}-{cfg.recurrence}-{cfg.supervision}'
-    short = dict(norm_penalty='pen', loops='k', learning_rate='lr', seed='s', max_iters='i')
-    for key, value in result_flags(cfg).items():
-        if key not in ('dataset', 'readout', 'recurrence', 'supervision'):
-            text = f'={value}' if isinstance(value, str) else '' if value is True else f'{value}'
-            name += f'-{short.get(key, key)}{text}'
-    return Path(cfg.out_dir or 'out/' + re.sub(r'[^\w.=+-]+', '_', name).lstrip('-._'))
-
-
-def claim(out_dir: Path, cfg: TrainConfig):
-    """Make and lock the run's folder. UserError: another process has it, or a run in it would be lost."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(out_dir / '.lock', 'a')
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f'another process trains in {out_dir}: wait for it, or give another --out_dir') from e
-    except (ImportError, OSError):  # Windows, or a file system without locks: nothing is locked
-        pass
-    saved, logged = (out_dir / 'ckpt.pt').exists(), (out_dir / 'log.jsonl').exists()
-    if (saved and cfg.resume == cfg.overwrite) or (logged and not saved and not cfg.overwrite):
-        way = '--resume continues it' if saved else 'it has saved no checkpoint'
-        raise UserError(f'{out_dir} holds a run: {way}, --overwrite replaces it, or give another --out_dir')
-    return lock
-
-
-@contextmanager
-def writing(path: Path, mode: str = 'wb'):
-    """Open a file that becomes `path` once it is whole; mode 'a' adds to path itself. UserError: no room."""
-    temporary = path if mode == 'a' else path.with_name(path.name + '.tmp')
-    try:
-        with open(temporary, mode) as f:
-            yield f
-            f.flush()
-            if temporary != path:
-                os.fsync(f.fileno())
-        if temporary != path:
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        if temporary != path:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f'could not write {path} ({e.__context__ or e}): make room, what is saved stays')
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl but for a last one cut short. UserError: a line that train.py did not write."""
-    try:
-        lines = [json.loads(text) for text in path.read_bytes().split(b'\n')[:-1]]
-        if {type(lines[0]['loops']), *(type(x['iter']) for x in lines[1:])} != {int}:
-            raise ValueError
-    except (ValueError, TypeError, LookupError, RecursionError) as e:
-        raise UserError(f'{path} has a line that is not of train.py: mend it, or move the file away') from e
-    return lines
-
-
-def begin_log(path: Path, cfg: TrainConfig, start: int, changed: dict):
-    """Write the flags and, at --resume, what was logged up to `start`, where an evaluation comes again."""
-    lines = [asdict(cfg)]
-    if cfg.resume and path.exists():
-        lines += [x for x in read_log(path)[1:] if x['iter'] < start or x['iter'] == start and 'loss' in x]
-    lines += [dict(iter=start, changed=changed)] if changed else []
-    with writing(path, 'w') as f:
-        f.writelines(json.dumps(line) + '\n' for line in lines)
-
-
-def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, TrainConfig, dict]:
-    """What a run saved, checked: the model (on the CPU, in eval mode), its flags with those `given` laid over
-    them, the rest and `changed` in a dict. UserError: missing, damaged, or not of this code and flags."""
-    try:
-        state = dict(torch.load(path, map_location='cpu', weights_only=True))
-        saved, it = TrainConfig(**state['config']), state['iter']
-        cfg = replace(saved, **{'overwrite': False, **(given or {})})
-        if type(it) is not int or not 0 <= it <= 10 ** 9 or type(state['corpus']) is not str:
-            raise ValueError(f'iter is {it!r} and corpus {state["corpus"]!r}')
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained') from e
-    except Exception as e:  # whatever a foreign file brings
-        if getattr(e, 'filename', 0) or isinstance(e, MemoryError) or "can't allocate memory" in str(e):
-            raise
-        raise UserError(f'{path} cannot be read by this train.py and flags ({type(e).__name__}: {e})') from e
-    state['changed'] = result_flags(cfg, saved)
-    with torch.device('meta'):  # allocates nothing
-        model = LoopedGPT(cfg)
-    try:
-        model.load_state_dict(state['model'], assign=True)
-        params = [p for group in configure_optimizer(model, cfg).param_groups for p in group['params']]
-        for i, moments in state['optimizer']['state'].items():  # a fused step trusts their shapes
-            if any(m.shape != {'step': ()}.get(name, params[i].shape) for name, m in moments.items()):
-                raise ValueError(f'the moments of parameter {i} have another shape')
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
-    model = LoopedGPT(cfg).eval()
-    model.load_state_dict(state.pop('model'))
-    return model, cfg, state
+# ------------------------------------------------------------------------------------------------------------
+# Batches
 
 
 def load_tokens(cfg: TrainConfig, corpus: str | None = None) -> tuple[dict, dict]:
     """({split: uint16 tokens}, meta), prepared if need be. UserError: not the text with the hash `corpus`."""
-    meta = read_meta(folder := prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1))
+    folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
+    meta = read_meta(folder)
     if corpus not in (None, meta['hash']):
-        raise UserError(f'{cfg.dataset} is not the text that this run was trained on: start another run')
+        raise UserError(f'{cfg.dataset} is not the text that this run was trained on: it was edited, or is of '
+                        f'another Python, or the text has moved (then --dataset= says where it is)')
     tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
-    if (largest := max(t.max() for t in tokens.values())) >= cfg.vocab_size:
-        raise UserError(f'token {largest} is outside vocab_size {cfg.vocab_size}: delete the folder {folder}')
     return tokens, meta
 
 
 def windows(tokens, starts, block_size: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """idx and targets, each (len(starts), block_size) int64, in one read of the memory map."""
-    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    ids = (ids.pin_memory() if device.type == 'cuda' else ids).to(device, non_blocking=True)
+    ids = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    ids = torch.from_numpy(ids)
+    if device.type == 'cuda':
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    else:
+        ids = ids.to(device)  # on MPS a copy that does not block would read freed memory
     return ids[:, :-1], ids[:, 1:]
 
 
-def train_batch(tokens, cfg: TrainConfig, it: int, device, rank=0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All micro-steps of iteration `it`: a function of (seed, rank, it) alone. Rank 0 is the only process."""
-    rng = np.random.default_rng((cfg.seed, rank, it))
-    starts = rng.integers(len(tokens) - cfg.block_size, size=cfg.gradient_accumulation_steps * cfg.batch_size)
+def get_batch(tokens, cfg: TrainConfig, it: int, micro_step: int, device):
+    """idx and targets (batch_size, block_size) of one micro-step of iteration `it`; sets the seed of its
+    dropout, too. Both are functions of (seed, micro_step, it): neither a resume nor the number of processes
+    that share the micro-steps changes what is trained."""
+    rng = np.random.default_rng((cfg.seed, micro_step, it))
+    starts = rng.integers(len(tokens) - cfg.block_size, size=cfg.batch_size)
+    torch.manual_seed(int(rng.integers(2 ** 63)))
     return windows(tokens, starts, cfg.block_size, device)
 
 
 def eval_batches(tokens, cfg: TrainConfig, count: int, device):
-    """`count` batches of (idx, targets): evenly spaced windows, the same whatever the seed."""
+    """`count` batches of (idx, targets): windows spread evenly from end to end, the same for every seed."""
     starts = np.linspace(0, len(tokens) - cfg.block_size - 1, count * cfg.batch_size).astype(np.int64)
     for batch in starts.reshape(count, -1):
         yield windows(tokens, batch, cfg.block_size, device)
 
 
-def say(line: str):
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:  # Ctrl-C has ended the tee that was reading, too
-        sys.stdout = open(os.devnull, 'w')
-
-
-def watch_signals() -> list:
-    """The signals that came, Ctrl-C or SIGTERM: one asks for a stop, the second ends the process at once."""
-    asked, (reader, writer) = [], socket.socketpair()
-
-    def watch():  # in a thread: Python's own handlers wait for a long call into C to end
-        reader.recv(1)
-        say('stopping and saving (once more: at once, without saving)')
-        os._exit(128 + reader.recv(1)[0])
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for s in signal.SIGINT, signal.SIGTERM:
-        signal.signal(s, lambda signum, _: asked.append(signum))
-    threading.Thread(target=watch, daemon=True).start()
-    return asked
-
-
-def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                             fused=matrices[0].device.type in ('cpu', 'cuda'))
-
-
 @torch.no_grad()
-def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, asked=()) -> dict:
-    """A line of the log: means over cfg.eval_iters batches, or over one at a stop; norms are of val."""
+def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, stop=()) -> dict:
+    """Means over cfg.eval_iters batches per split, over one if a stop is asked for; the norms are of val."""
     model.eval()
     line = {}
     for split in 'train', 'val':
-        outs = []
+        losses, norms = [], []
         for idx, targets in eval_batches(tokens[split], cfg, cfg.eval_iters, model.tok_emb.weight.device):
             with autocast:
                 out = model(idx, targets)
-            outs.append(torch.stack((out.losses, out.norms)))
-            if asked:
+            losses.append(out.losses)
+            norms.append(out.norms)
+            if stop:
                 break
-        line[f'{split}_losses'], line['norms'] = torch.stack(outs).mean(0).tolist()
+        line[f'{split}_losses'] = torch.stack(losses).mean(0).tolist()
+    line['norms'] = torch.stack(norms).mean(0).tolist()
+    nats_per_byte = line['val_losses'][-1] * meta['tokens']['val'] / meta['bytes']['val']
+    line['bpb'] = nats_per_byte / math.log(2)
     model.train()
-    line['bpb'] = line['val_losses'][-1] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
     return line
 
 
-def check_finite(it: int, numbers: list, ckpt_path: Path):
-    if not all(map(math.isfinite, numbers)):
-        kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'nothing is saved yet'
-        raise UserError(f'loss or weights are not finite by iteration {it}; {kept}: lower --learning_rate')
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.Optimizer:
+    params = list(model.parameters())  # one group, as the authors have it: gains decay like matrices
+    fused = params[0].device.type in ('cpu', 'cuda')
+    betas = (cfg.beta1, cfg.beta2)
+    return torch.optim.AdamW(params, cfg.learning_rate, betas, weight_decay=cfg.weight_decay, fused=fused)
+
+
+def get_lr(it: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, then constant, or a cosine down to min_lr, which is reached at lr_decay_iters."""
+    if it + 1 < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / cfg.warmup_iters
+    if not cfg.lr_decay_iters:
+        return cfg.learning_rate
+    progress = (it - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+    progress = min(max(progress, 0.0), 1.0)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def result_flags(cfg: TrainConfig, base: TrainConfig | None = None) -> dict:
+    """The flags that change the result of a run, where they differ from `base`, else from their defaults."""
+    flags = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        other = getattr(base, f.name) if base else f.default
+        if f.metadata.get('result', True) and value != other:
+            flags[f.name] = value
+    return flags
+
+
+def run_folder(cfg: TrainConfig) -> Path:
+    """cfg.out_dir, or a name made of the flags that change the result: ablations land side by side."""
+    if cfg.out_dir:
+        return Path(cfg.out_dir).expanduser()
+    name = f'{cfg.dataset}-{cfg.readout}-{cfg.recurrence}-{cfg.supervision}'
+    short = dict(norm_penalty='pen', loops='k', learning_rate='lr', seed='s', max_iters='i')
+    for key, value in result_flags(cfg).items():
+        if key not in ('dataset', 'readout', 'recurrence', 'supervision'):
+            text = '' if value is True else f'={value}' if isinstance(value, str) else f'{value}'
+            name += f'-{short.get(key, key)}{text}'
+    return Path('out', re.sub(r'[^\w.=+-]+', '_', name).lstrip('-._'))
+
+
+def claim(out_dir: Path, cfg: TrainConfig):
+    """Make and lock the run's folder; the lock is held as long as what is returned. UserError: another
+    process has it, or a run in it would be lost."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(out_dir / '.lock', 'a')
+    except OSError as e:
+        raise UserError(f'{out_dir} cannot hold a run ({e.strerror}): give another --out_dir') from e
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f'another process trains in {out_dir}: wait for it, or give another --out_dir') from e
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: nothing is locked
+    saved = (out_dir / 'ckpt.pt').exists()
+    logged = (out_dir / 'log.jsonl').exists()
+    if saved and not cfg.resume and not cfg.overwrite:
+        raise UserError(f'{out_dir} holds a run: --resume continues it, --overwrite replaces it, or give '
+                        f'another --out_dir')
+    if logged and not saved and not cfg.overwrite:
+        raise UserError(f'{out_dir} holds a run that has saved no checkpoint: --overwrite replaces it')
+    return lock
+
+
+def write_file(path: Path, data: bytes):
+    """Put data at path, whole or not at all. UserError: no room, or not allowed."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'could not write {path} ({e.strerror}); what was saved before stays') from e
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl. UserError: one that train.py did not write."""
+    try:
+        lines = [json.loads(text) for text in path.read_bytes().splitlines()]
+        valid = isinstance(lines[0]['loops'], int) and all(isinstance(x['iter'], int) for x in lines[1:])
+    except OSError as e:
+        raise UserError(f'could not read {path} ({e.strerror})') from e
+    except (ValueError, TypeError, LookupError, RecursionError):
+        valid = False
+    if not valid:
+        raise UserError(f'{path} has a line that is not of train.py: mend it, or move the file away')
+    return lines
+
+
+def save(out_dir: Path, log: list[dict], model, optimizer, it: int, cfg: TrainConfig, corpus: str):
+    """The log first: whenever the process is killed, it tells what led to the checkpoint beside it."""
+    if it == 0:
+        (out_dir / 'ckpt.pt').unlink(missing_ok=True)  # --overwrite: the old run ends here
+    write_file(out_dir / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log).encode())
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg),
+                 corpus=corpus)  # tensors and plain values only, so that it loads without running code
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # so that what can go wrong below is the disk alone
+    write_file(out_dir / 'ckpt.pt', buffer.getbuffer())
+
+
+def fresh(saved: dict, like: dict) -> dict:
+    """Copies of tensors from a file, in the shapes, strides and dtypes of `like`. ValueError: no fit."""
+    missing, unexpected = sorted(like.keys() - saved.keys()), sorted(saved.keys() - like.keys())
+    if missing or unexpected:
+        raise ValueError(f'missing: {", ".join(missing)}; unexpected: {", ".join(unexpected)}')
+    for name, t in saved.items():
+        dense = isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == 'cpu'
+        if not dense or not t.is_floating_point() or t.shape != like[name].shape:
+            is_now = f'of shape {list(t.shape)}' if dense else 'something else'
+            raise ValueError(f'{name} must be a tensor of shape {list(like[name].shape)}, and is {is_now}')
+    return {name: torch.empty_like(x, device='cpu').copy_(saved[name]) for name, x in like.items()}
+
+
+def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, TrainConfig, dict]:
+    """What a run saved: the model (on the CPU, in eval mode), its flags with those `given` laid over them,
+    and the rest. UserError: missing, damaged, or not of this code and these flags."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        saved = TrainConfig(**state['config'])
+        cfg = replace(saved, **{'resume': False, 'overwrite': False, **(given or {})})
+        weights, it = dict(state['model']), state['iter']
+        if not isinstance(it, int) or not 0 <= it <= 10 ** 9:
+            raise ValueError(f'iter is {it!r}')
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained') from e
+    except OSError as e:
+        raise UserError(f'could not read {path} ({e.strerror})') from e
+    except Exception as e:  # whatever a foreign file brings, less torch's advice to load it unsafely
+        reason = 'not a file of train.py' if 'weights_only' in str(e) else f'{type(e).__name__}: {e}'
+        raise UserError(f'{path} cannot be read by this train.py and flags ({reason})') from e
+    state['changed'] = result_flags(cfg, saved)
+    with torch.device('meta'):  # shapes without memory, as the flags of a foreign file may say anything
+        expected = LoopedGPT(cfg).state_dict()
+    try:
+        weights = fresh(weights, expected)
+    except ValueError as e:
+        raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
+    model = LoopedGPT(cfg).eval()
+    model.load_state_dict(weights)
+    return model, cfg, state
+
+
+def load_optimizer(optimizer, cfg: TrainConfig, state: dict, path: Path):
+    """Go on with the moments of a checkpoint. UserError: they are not those of this optimizer."""
+    with torch.device('meta'):
+        twin = LoopedGPT(cfg)
+    example = configure_optimizer(twin, cfg)  # what it holds after a step is what must be there
+    for p in twin.parameters():
+        p.grad = torch.zeros_like(p)
+    example.step()
+    expected = example.state_dict()['state']
+    try:
+        moments = {i: fresh(saved, expected[i]) for i, saved in state['optimizer']['state'].items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{path} does not hold the moments of this optimizer ({e}): --init_from takes its '
+                        f'weights alone') from e
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': moments})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def check_finite(numbers: list, it: int, start: int, ckpt_path: Path):
+    """UserError, before anything is saved, where a loss or a norm is inf or nan."""
+    if all(math.isfinite(x) for x in numbers):
+        return
+    if it == start:
+        raise UserError(f'the loss is not finite at iteration {it}, before any update: the weights are bad')
+    kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'nothing is saved yet'
+    raise UserError(f'loss or weights are not finite by iteration {it}; {kept}: lower --learning_rate')
+
+
+FIRST_STEP_ADVICE = {  # by what the error says
+    'OutOfMemory|MemoryError|out of memory|allocate memory': 'out of memory in the first step: give a '
+    'smaller --batch_size with more --gradient_accumulation_steps, or --checkpoint_loops',
+    r'C\+\+ compiler|C compiler|cl is not found|Triton': 'torch.compile finds no compiler: --compile=False'}
+
+
+def try_step(model: LoopedGPT, idx, targets, autocast):
+    """One step whose gradient is thrown away. What is compiled is compiled here, and not in the first timed
+    step, and what does not fit fails here, before anything on disk has changed. UserError, with advice."""
+    try:
+        with autocast:
+            out = model(idx, targets)
+        out.loss.backward()
+    except (RuntimeError, MemoryError) as e:
+        message = f'{type(e).__name__}: {" ".join(str(e).split())}'
+        for pattern, advice in FIRST_STEP_ADVICE.items():
+            if re.search(pattern, message):
+                raise UserError(f'{advice} ({message[:300]})') from e
+        raise
+    model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def stop_signals():
+    """The list of signals that have come. Ctrl-C or SIGTERM asks for a stop; a second one is not caught."""
+    asked, before = [], {}
+
+    def ask(signum, frame):
+        asked.append(signum)
+        for s in before:
+            signal.signal(s, signal.SIG_DFL)
+        os.write(2, b'stopping and saving (once more: at once, without saving)\n')
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        before[s] = signal.signal(s, ask)
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def agree(number: int, world: int) -> int:
+    """The largest of the numbers that the processes bring. They wait for each other here."""
+    if world == 1:
+        return number
+    numbers = torch.tensor([number])  # on the CPU, so no GPU is waited for
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def average(tensors: list, world: int):
+    for t in tensors:
+        dist.all_reduce(t)
+        t /= world
 
 
 def train(cfg: TrainConfig, given: dict) -> int:
-    """The recipe. `given` is what was typed, for --resume. Gives 0, or 128 + the signal that stopped it."""
-    # The folder, the device, the corpus. Nothing of a run changes before all that can fail early has passed.
-    out_dir, state = run_folder(cfg), None
+    """The recipe, top to bottom. `given` is what was typed: with --resume and --init_from, the other flags
+    are those of the run that goes on. Gives 0, or 128 + the signal that stopped it."""
+    # Processes: torchrun sets these. All train, the first one alone prints and writes.
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    first = rank == 0
+    if not first:
+        sys.stdout = open(os.devnull, 'w')
+
+    # What to go on from: nothing, the run in out_dir, or the weights of another run
+    if cfg.resume and cfg.overwrite:
+        raise UserError('--resume continues a run and --overwrite replaces it: give one of them')
+    if cfg.init_from == 'resume':
+        raise UserError('--init_from takes the folder of a run; --resume continues the run in --out_dir')
+    model, state, start, changed = None, None, 0, {}
+    if cfg.init_from and not cfg.resume:
+        path = Path(cfg.init_from).expanduser() / 'ckpt.pt'
+        model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})
+    out_dir, lock = run_folder(cfg), None
     log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
-    lock = claim(out_dir, cfg) if out_dir.exists() else None  # before it is read, and held to the end
+    if first and os.path.exists(out_dir):
+        lock = claim(out_dir, cfg)  # before its checkpoint is read, and held to the end
     if cfg.resume:
         model, cfg, state = load_checkpoint(ckpt_path, given)
+        start, changed = state['iter'], state['changed']
+        for name in changed:
+            if not TrainConfig.__dataclass_fields__[name].metadata.get('resume', True):
+                raise UserError(f'--{name} acts at the start of a run: leave it out, or start another')
+
+    # Device and precision
     device = pick_device(cfg.device, cfg.n_embd)
+    cuda = device.type == 'cuda'
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    if cfg.gradient_accumulation_steps % world:
+        raise UserError(f'{world} processes cannot share --gradient_accumulation_steps='
+                        f'{cfg.gradient_accumulation_steps}: give a multiple of {world}')
     if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
         raise UserError('on MPS, --checkpoint_loops with --dropout gives wrong gradients: leave one out')
-    tokens, meta = load_tokens(cfg, state and state['corpus'])
-
-    # Model and optimizer
-    cuda = device.type == 'cuda'
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if has_bf16 else 'float32'
+    dtype = cfg.dtype
+    if dtype == 'auto':
+        dtype = 'bfloat16' if has_bf16 else 'float32'
+        if cuda and not has_bf16:
+            say('this GPU has no bfloat16 and trains in float32')
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
-    if not state:
+
+    # Data: the first process prepares it, the others wait
+    if not first:
+        agree(0, world)
+    tokens, meta = load_tokens(cfg, state['corpus'] if state else None)
+    if first:
+        agree(0, world)
+
+    # Model and optimizer
+    if model is None:
         torch.manual_seed(cfg.seed)
         model = LoopedGPT(cfg)
-        if cfg.output_bias == 'unigram':  # every token counts once more than it occurs
-            counts = 1 + np.bincount(tokens['train'], minlength=cfg.vocab_size)
+        if cfg.output_bias == 'unigram':
+            counts = 1 + np.bincount(tokens['train'], minlength=cfg.vocab_size)  # so that none is -inf
             model.output_bias.data = torch.from_numpy(counts / counts.sum()).log().float()
     model.checkpoint_loops = cfg.checkpoint_loops
     model.to(device).train()
-    optimizer, start, changed = configure_optimizer(model, cfg), 0, {}
+    optimizer = configure_optimizer(model, cfg)
     if state:
-        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
-        start, changed, state = state['iter'], state['changed'], None
+        load_optimizer(optimizer, cfg, state, ckpt_path)
         say(f'resumed at iteration {start} of {cfg.max_iters}' + (f', changed: {changed}' if changed else ''))
-    compiled = cfg.compile == 'True' or (cfg.compile == 'auto' and cuda and has_triton())
+    compiled = cfg.compile == 'True'
+    if cfg.compile == 'auto':
+        compiled = cuda and importlib.util.find_spec('triton') is not None
     if compiled:
         model.compile_regions()
-    batch = train_batch(tokens['train'], cfg, start, device)
-    next(eval_batches(tokens['val'], cfg, cfg.eval_iters, device))
-    lock, asked = lock or claim(out_dir, cfg), watch_signals()
-    say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {meta["tokens"]["train"]:,} training '
-        f'tokens; {device}, {dtype}, {"compiled" if compiled else "eager"}; run folder {out_dir}')
-    if writes := start < cfg.max_iters or not changed:  # else what is finished stays as it is
-        begin_log(log_path, cfg, start, changed)
-    if not cfg.resume:
-        ckpt_path.unlink(missing_ok=True)
+    try_step(model, *get_batch(tokens['train'], cfg, start, rank, device), autocast)
+
+    # The folder, and what its log says up to here; both change when there is something new to save
+    if first:
+        lock = lock or claim(out_dir, cfg)
+    log = [asdict(cfg)]
+    if cfg.resume and log_path.exists():
+        for line in read_log(log_path)[1:]:
+            if line['iter'] < start or line['iter'] == start and 'changed' not in line:
+                log.append(line)
+    if changed:
+        log.append(dict(iter=start, changed=changed))
+    parameters = sum(p.numel() for p in model.parameters())
+    how = 'compiled' if compiled else 'eager'
+    say(f'{parameters:,} parameters, {meta["tokens"]["train"]:,} training tokens; '
+        f'{world} x {device}, {dtype}, {how}; run folder {out_dir}')
 
     # The loop
-    it = start
-    while True:
-        if it % cfg.eval_interval == 0 or it in (start, cfg.max_iters) or asked:
-            line = evaluate(model, cfg, tokens, meta, autocast, asked)
-            stop = asked[:1]  # a copy: what is asked from here on waits for the next round
-            check_finite(it, line['val_losses'] + line['norms'], ckpt_path)
-            if not stop:
-                ce = ' '.join(f'{x:.3f}' for x in line['val_losses'])
-                norms = ' '.join(f'{x:.1f}' for x in line['norms'])
-                say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {ce}  ({line["bpb"]:.3f} bits per byte)\n'
-                    f'             state norm, loops 1..{cfg.loops}: {norms}')
-                if writes:
-                    with writing(log_path, 'a') as f:
-                        f.write(json.dumps(dict(iter=it, **line)) + '\n')
-            if it > start or stop and not cfg.resume:
-                with writing(ckpt_path) as f:  # tensors and plain values only, for weights_only=True
-                    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it,
-                                    config=asdict(cfg), corpus=meta['hash']), f)
-            clock, logged = time.perf_counter(), it
-        if stop or it >= cfg.max_iters:
-            break
-        lr = min(cfg.learning_rate, cfg.learning_rate * (it + 1) / max(1, cfg.warmup_iters))
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        torch.manual_seed(hash((cfg.seed, 0, it)) % 2 ** 63)  # dropout, too, is a function of these alone
-        for idx, targets in zip(*(x.split(cfg.batch_size) for x in batch)):
-            with autocast:
-                out = model(idx, targets)
-            (out.loss / cfg.gradient_accumulation_steps).backward()
-        batch = train_batch(tokens['train'], cfg, it + 1, device)  # while the GPU is still busy
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        it += 1
-        if it % cfg.log_interval == 0 or it == cfg.max_iters:
-            loss, norms = out.loss.item(), out.norms.tolist()  # in a step, only this waits for the device
-            check_finite(it, [loss, *norms], ckpt_path)
-            seconds = (time.perf_counter() - clock) / (it - logged)
-            clock, logged = time.perf_counter(), it
-            rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size / seconds
-            left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
-            work = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
-            say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
-                f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{work}  {left} left')
-            with writing(log_path, 'a') as f:
-                f.write(json.dumps(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3)) + '\n')
+    it, micro_steps = start, cfg.gradient_accumulation_steps // world
+    with stop_signals() as asked:
+        while True:
+            # evaluate and save
+            stop = agree(max(asked, default=0), world)  # so that all stop before the same step
+            if stop or it % cfg.eval_interval == 0 or it in (start, cfg.max_iters):
+                line = evaluate(model, cfg, tokens, meta, autocast, asked) if first else {}
+                stop = agree(max(asked, default=0), world)
+                if first:
+                    check_finite(line['val_losses'] + line['norms'], it, start, ckpt_path)
+                    new = it > start or not cfg.resume  # a resume begins with what is saved already
+                    if not stop:
+                        report_evaluation(line, it, cfg)
+                    if new and not stop:
+                        log.append(dict(iter=it, **line))
+                    if new:
+                        save(out_dir, log, model, optimizer, it, cfg, meta['hash'])
+                clock, clocked = time.perf_counter(), it
+            if stop or it >= cfg.max_iters:
+                break
+
+            # one update: the mean gradient of all micro-steps, of which each process does its share
+            lr = get_lr(it, cfg)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            loss, norms = 0.0, 0.0
+            for micro_step in range(rank, cfg.gradient_accumulation_steps, world):
+                idx, targets = get_batch(tokens['train'], cfg, it, micro_step, device)
+                with autocast:
+                    out = model(idx, targets)
+                (out.loss / micro_steps).backward()
+                loss = loss + out.loss.detach() / micro_steps
+                norms = norms + out.norms / micro_steps
+            if world > 1:
+                # Why not DistributedDataParallel: looped weights have their whole gradient only when backward
+                # ends, so there is nothing that their exchange could overlap with.
+                average([p.grad for p in model.parameters() if p.grad is not None], world)
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            it += 1
+
+            # log
+            if it % cfg.log_interval == 0 or it == cfg.max_iters:
+                if world > 1:
+                    average([loss, norms], world)
+                loss, norms = loss.item(), norms.tolist()  # in a step, only this waits for the device
+                check_finite([loss, *norms], it, start, ckpt_path)
+                seconds = (time.perf_counter() - clock) / (it - clocked)
+                clock, clocked = time.perf_counter(), it
+                rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size / seconds
+                left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
+                work = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
+                say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
+                    f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{work}  {left} left')
+                log.append(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3))
+
     if stop:
-        say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={out_dir}')
-    return 128 + stop[0] if stop else 0
+        folder = shlex.quote(str(out_dir))
+        say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={folder}')
+    if world > 1:
+        agree(0, world)  # no process leaves while another still talks to it
+        dist.destroy_process_group()
+    return 128 + stop if stop else 0
+
+
+def report_evaluation(line: dict, it: int, cfg: TrainConfig):
+    losses = ' '.join(f'{x:.3f}' for x in line['val_losses'])
+    norms = ' '.join(f'{x:.1f}' for x in line['norms'])
+    say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({line["bpb"]:.3f} bits per byte)\n'
+        f'             state norm, loops 1..{cfg.loops}: {norms}')
 
 
 @one_line_errors

@@ -1,6 +1,9 @@
 """
 Text to tokens: data/<dataset>_<vocab_size>/{train,val}.bin (uint16) and meta.json, and the tokenizer itself.
 train.py calls this for a corpus it does not find. By hand: python data/prepare.py shakespeare
+
+What is text: a file that decodes as UTF-8, holds no NUL byte and is not empty. Of a folder every such file is
+read, except in folders whose name begins with a dot, that hold a run or a prepared corpus, and data/ itself.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -27,13 +31,14 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 DATA = Path(__file__).resolve().parent
-DOWNLOADS = {  # dataset: (urls in the order they are tried, sha256)
+DOWNLOADS = {  # dataset: (urls in the order in which they are tried, sha256)
     'shakespeare': (['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/'
                      'input.txt'], '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
     'wikitext103': (['https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/'
                      'wikitext-103-raw-v1.zip', 'https://wikitext.smerity.com/wikitext-103-raw-v1.zip'],
                     '91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794')}
 BUILTIN = ['python', *DOWNLOADS]
+PIECE = 900_000  # bytes read at a time: tiktoken ends in an error at 999,999 white spaces in one text
 
 
 class UserError(Exception):
@@ -46,8 +51,8 @@ def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
     if vocab_size == 256:
         return tiktoken.Encoding('bytes', pat_str=r'(?s:.){1,16}', special_tokens={},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    if not 256 < vocab_size <= 50257:
-        raise UserError(f'vocab_size must be from 256 (bytes) to 50257 (GPT-2 BPE), got {vocab_size}')
+    if not 257 <= vocab_size <= 50257:
+        raise UserError(f'vocab_size must be 256 (bytes) or 257 to 50257 (GPT-2 BPE), got {vocab_size}')
     try:
         gpt2 = tiktoken_ext.openai_public.gpt2()
     except (OSError, ValueError) as e:  # ValueError: something else came, such as a log-in page
@@ -60,22 +65,24 @@ def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
 
 def progress(line: str):
     """Show a line that the next one overwrites. Silent where stderr is not a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print(f'{line:<79}', end='\r', file=sys.stderr, flush=True)
 
 
-def download(dataset: str, temporary: Path = DATA) -> Path:
+def download(dataset: str, temporary: str) -> Path:
     """The dataset's file, fetched once into data/ and checked against its sha256. UserError if that fails."""
     urls, sha256 = DOWNLOADS[dataset]
-    path, failures = DATA / f'{dataset}-{urls[0].rsplit("/", 1)[1]}', []
+    path = DATA / f'{dataset}-{urls[0].rsplit("/", 1)[1]}'
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
+    part = Path(temporary, 'download')
+    failures = []
     for url in urls:
         request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0 (looped)'})
-        part, digest = Path(temporary, f'{path.name}.part'), hashlib.sha256()
+        digest = hashlib.sha256()
         try:
             with urllib.request.urlopen(request, timeout=30) as response, open(part, 'wb') as f:
-                while block := response.read(1 << 20):
+                while block := response.read(PIECE):
                     f.write(block)
                     digest.update(block)
                     progress(f'{path.name}: {f.tell() >> 20} MiB, {(response.length or 0) >> 20} MiB to go')
@@ -89,133 +96,193 @@ def download(dataset: str, temporary: Path = DATA) -> Path:
 
 
 def local_files(dataset: str) -> list[Path]:
-    """The text files of a corpus on this disk: of the standard library, or of the user's file or folder."""
+    """What may be text on this disk: of the standard library, or the user's file, or what is in a folder."""
     if dataset == 'python':
         root = Path(os.__file__).parent
         skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
         return sorted(p for p in root.rglob('*.py') if not skip & set(p.relative_to(root).parts))
 
-    def fault(path):  # why it is not read as text, or nothing
-        if not path.is_file():
-            return 'missing, or not a regular file'
-        with open(path, 'rb') as f:
-            start = f.read(4096)
-        if b'\0' in start or start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return 'skipped as binary or UTF-16: save text as UTF-8'
-        return '' if start else 'an empty file'
-    root = Path(os.path.realpath(dataset))
-    found = sorted(p for p in root.rglob('*') if not p.is_dir()) if os.path.isdir(dataset) else [root]
-    faults = [fault(path) for path in found]
-    if all(faults):
-        raise UserError(f'no text in {dataset!r} ({"; ".join(sorted(set(faults))) or "an empty folder"}): '
-                        f'give {", ".join(BUILTIN)}, or a file or folder of text')
-    return [path for path, why in zip(found, faults) if not why]
+    found = []  # by onerror, what is no folder that can be read: a file by itself, too
+    for folder, subfolders, names in os.walk(dataset, onerror=lambda e: found.append(e.filename)):
+        run = 'log.jsonl' in names
+        corpus = 'meta.json' in names and 'train.bin' in names
+        if run or corpus or os.path.realpath(folder) == os.path.realpath(DATA):
+            subfolders.clear()  # so that os.walk goes no deeper
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        links = [name for name in subfolders if os.path.islink(f'{folder}/{name}')]  # are not followed
+        found += [f'{folder}/{name}' for name in names + links]
+    return sorted(Path(p) for p in found if not os.path.isfile(p) or os.path.getsize(p) > 0)
 
 
-def fingerprint(dataset: str) -> str:
-    """What tells one corpus from another: sha256 of the archive, or of the files' names and contents."""
+def pieces(f: BinaryIO, val_start: float, digest) -> Iterator[tuple[str, str]]:
+    """(split, text) of a file, about 1 MB at a time; from byte val_start on it is validation. A piece ends
+    where a word ends and white space begins, which no token of the GPT-2 BPE spans, so the pieces encode to
+    what the whole would; where there is no such place nearby, anywhere. UnicodeError: not text."""
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    text = ''
+    end = False
+    while not end:
+        length = min(PIECE, val_start - f.tell()) if f.tell() < val_start else PIECE
+        block = f.read(length)
+        end = len(block) < length
+        digest.update(block)
+        text += decoder.decode(block, final=end)
+        if '\0' in text:  # which UTF-8 allows, but the train.bin of bytes would pass for text
+            raise UnicodeError('holds a NUL byte')
+        word_end = re.compile(r'(?s:.*)\S(?=\s)').match(text, len(text) * 19 // 20)
+        cut = word_end.end() if word_end and not end else len(text)
+        yield 'train' if f.tell() <= val_start else 'val', text[:cut]
+        text = text[cut:]
+
+
+def read(path: Path, first: Path, val_start: float, digest) -> Iterator[tuple[str, str]]:
+    """pieces() of a file on this disk, whose name, size and content go into `digest`."""
+    if not path.is_file():  # a FIFO or a device is never opened: it may not end
+        raise OSError('a link to a folder, or unreadable' if path.is_dir() else 'missing, or no regular file')
+    with open(path, 'rb') as f:
+        size = os.fstat(f.fileno()).st_size
+        digest.update(os.fsencode(f'{os.path.relpath(path, first)}\0{size}\0'))
+        yield from pieces(f, val_start, digest)
+
+
+def scan(dataset: str) -> tuple[list[Path], str]:
+    """The files of a corpus that are text, and what tells one corpus from another: sha256 of the archive, or
+    of the files' names and contents. What is not text is named and skipped."""
     if dataset in DOWNLOADS:
-        return DOWNLOADS[dataset][1]
-    files, digest = local_files(dataset), hashlib.sha256()
-    for path in files:
-        digest.update(os.fsencode(f'{os.path.relpath(path, files[0])}\0{path.stat().st_size}\0'))
-        with open(path, 'rb') as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+        return [], DOWNLOADS[dataset][1]
+    files, skipped = [], []
+    digest = hashlib.sha256()
+    for path in local_files(dataset):
+        with_this = digest.copy()
+        try:
+            for _ in read(path, files[0] if files else path, math.inf, with_this):
+                pass
+            files.append(path)
+            digest = with_this
+        except (OSError, UnicodeError) as e:
+            skipped.append(f'{path.name!r} ({"not UTF-8" if isinstance(e, UnicodeDecodeError) else e})')
+    names = ', '.join(skipped[:3]) + ', …' * (len(skipped) > 3)
+    if not files:
+        names = names or 'nothing but runs, hidden folders and empty files'
+        raise UserError(f'no text in {dataset!r}: {names}; give {", ".join(BUILTIN)}, or a file or folder of '
+                        f'text that is saved as UTF-8')
+    if skipped:
+        print(f'skipped {len(skipped)} of {len(skipped) + len(files)} files: {names}', file=sys.stderr)
+    return files, digest.hexdigest()
 
 
-def pieces(f: BinaryIO, length: int = 1 << 20) -> Iterator[tuple[int, str]]:
-    """(bytes read so far, text), about `length` bytes at a time. Cut where a word ends and white space
-    begins, which no token of the GPT-2 BPE spans, so the pieces encode to what the whole would."""
-    decoder, rest, read = codecs.getincrementaldecoder('utf-8')(errors='replace'), '', 0
-    while block := f.read(length):
-        read += len(block)
-        rest += decoder.decode(block)
-        ends = (i for i in range(len(rest) - 1, 0, -1) if rest[i].isspace() and not rest[i - 1].isspace())
-        cut = next(ends, len(rest) if len(rest) > 4096 else 0)  # text without white space is cut anywhere
-        yield read, rest[:cut]
-        rest = rest[cut:]
-    yield read, rest + decoder.decode(b'', final=True)
-
-
-def documents(dataset: str, temporary: Path = DATA) -> Iterator[tuple[str, str]]:
-    """(split, text) of a whole corpus, in order. Validation is every 20th file; of fewer files, the last
-    tenth of each; of wikitext103, its own."""
+def documents(dataset: str, files: list[Path], hash_: str, temporary: str) -> Iterator[tuple[str, str]]:
+    """(split, text) of a whole corpus, in order. Validation is every 20th file; of fewer files, the end of
+    each; of wikitext103, its own. UserError: `files` are no longer those with the hash `hash_`."""
     if dataset == 'wikitext103':
         with zipfile.ZipFile(download(dataset, temporary)) as z:
-            for split, name in ('train', 'train'), ('val', 'valid'):
+            for name, val_start in ('train', math.inf), ('valid', 0):
                 with z.open(f'wikitext-103-raw/wiki.{name}.raw') as f:
-                    yield from ((split, text) for _, text in pieces(f))
+                    yield from pieces(f, val_start, hashlib.sha256())
         return
-    files = [download(dataset, temporary)] if dataset in DOWNLOADS else local_files(dataset)
-    for i, path in enumerate(files):
-        size = path.stat().st_size
-        with open(path, 'rb') as f:
-            for read, text in pieces(f, min(1 << 20, size // 50 + 1)):
-                last = i % 20 == 19 if len(files) >= 20 else read > 0.9 * size
-                yield 'val' if last else 'train', text
+    if dataset in DOWNLOADS:
+        files = [download(dataset, temporary)]
+    digest = hashlib.sha256()
+    try:
+        for i, path in enumerate(files):
+            if len(files) >= 20:
+                val_start = 0 if i % 20 == 19 else math.inf
+            else:  # about the last tenth: the split that the README's numbers were measured on
+                size = path.stat().st_size
+                val_start = size - max(1, size // 50 * 6)
+            yield from read(path, files[0], val_start, digest)
+        if digest.hexdigest() != hash_ and dataset not in DOWNLOADS:
+            raise OSError('its content is another')
+    except (OSError, UnicodeError) as e:
+        raise UserError(f'{dataset!r} changed while it was read ({e}): start again, and let nothing write to '
+                        f'it meanwhile') from e
+
+
+def tokenize(texts: Iterator[tuple[str, str]], encoding: tiktoken.Encoding, folder: str) -> tuple[dict, dict]:
+    """Write train.bin and val.bin, on all cores and in bounded memory: tokens and bytes of each split."""
+    tokens = dict(train=0, val=0)
+    size = dict(train=0, val=0)
+    cores = os.cpu_count() or 1
+
+    def encode(piece):  # tiktoken releases the GIL, so threads are enough
+        split, text = piece
+        return split, len(text.encode()), encoding.encode_to_numpy(text, disallowed_special=())
+
+    with ThreadPoolExecutor(cores) as pool, \
+            open(f'{folder}/train.bin', 'wb') as train, open(f'{folder}/val.bin', 'wb') as val:
+        while batch := list(itertools.islice(texts, 4 * cores)):
+            for split, length, ids in pool.map(encode, batch):
+                file = train if split == 'train' else val
+                file.write(ids.astype(np.uint16))
+                tokens[split] += len(ids)
+                size[split] += length
+            progress(f'tokenized {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
+    return tokens, size
+
+
+def check(dataset: str, vocab_size: int, tokens: dict, min_tokens: int):
+    """UserError: too few tokens in a split. A warning: too few for the vocabulary."""
+    for split in 'train', 'val':
+        if tokens[split] < min_tokens:
+            raise UserError(f'{dataset!r} has {tokens[split]} {split} tokens, and at least {min_tokens} '
+                            f'(block_size + 1) are needed: give more text or a smaller --block_size')
+    if vocab_size > 256 and tokens['train'] < 10 * vocab_size:
+        print(f'warning: {tokens["train"]:,} training tokens are few for a vocabulary of {vocab_size:,}, '
+              f'all of which every step computes: --vocab_size=256 is faster', file=sys.stderr)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared corpus; where it or its files are not whole, a hash that matches nothing."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        meta = json.loads((folder / 'meta.json').read_text())
+        sizes = {split: (folder / f'{split}.bin').stat().st_size / 2 for split in ('train', 'val')}
+        if meta['tokens'] == sizes:
+            return {'hash': None, **meta}
+    return dict(hash=None)
 
 
 def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
-    """The folder of a prepared corpus, made where it is missing or its text has changed: on all cores and in
-    bounded memory. UserError: no text, fewer than min_tokens tokens in a split, no network, no room."""
-    path = Path(os.path.realpath(dataset))
-    own = re.sub(r'(?a)^$|\W+', '_', path.stem)[:40] + '-' + hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    folder, hash_ = DATA / f'{dataset if dataset in BUILTIN else own}_{vocab_size}', fingerprint(dataset)
+    """The folder of a prepared corpus, made where it is missing or its text has changed. UserError: no text,
+    fewer than min_tokens tokens in a split, no network, no room."""
+    dataset = os.path.expanduser(dataset)
+    path = os.path.realpath(dataset)
+    # Two files may have one name, and a name may hold anything: the hash of the path tells them apart.
+    stem = re.sub(r'(?a)\W+', '_', Path(path).stem)[:40]
+    own = f'{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}'
+    folder = DATA / f'{dataset if dataset in BUILTIN else own}_{vocab_size}'
+
     for left in DATA.glob('.tmp-*'):  # of killed processes: one at work writes every few seconds
         with suppress(OSError):
             if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > 600:
                 shutil.rmtree(left)
 
-    def check(tokens):
-        for split in 'train', 'val':
-            if tokens[split] < min_tokens:
-                raise UserError(f'{dataset!r} has {tokens[split]} {split} tokens, and at least {min_tokens} '
-                                f'(block_size + 1) are needed: give more text or a smaller --block_size')
-        if 256 < vocab_size and tokens['train'] < 10 * vocab_size:
-            print(f'warning: {tokens["train"]:,} training tokens are few for a vocabulary of {vocab_size:,}, '
-                  f'all of which every step computes: --vocab_size=256 is faster', file=sys.stderr)
-    if (meta := read_meta(folder))['hash'] == hash_:
-        check(meta['tokens'])
+    files, hash_ = scan(dataset)
+    meta = read_meta(folder)
+    if meta['hash'] == hash_:
+        check(dataset, vocab_size, meta['tokens'], min_tokens)
         return folder
 
-    tokens, size, encoding = dict(train=0, val=0), dict(train=0, val=0), get_tokenizer(vocab_size)
+    encoding = get_tokenizer(vocab_size)
     print(f'preparing {ascii(dataset)[1:-1]} with a vocabulary of {vocab_size:,} in data/{folder.name}')
     try:
         with tempfile.TemporaryDirectory(prefix='.tmp-', dir=DATA, ignore_cleanup_errors=True) as temporary:
-            stream = documents(dataset, temporary)
-            with ThreadPoolExecutor() as pool, open(f'{temporary}/train.bin', 'wb') as train, \
-                    open(f'{temporary}/val.bin', 'wb') as val:
-                while batch := list(itertools.islice(stream, 4 * (os.cpu_count() or 1))):
-                    encoded = pool.map(lambda x: encoding.encode_to_numpy(x[1], disallowed_special=()), batch)
-                    for (split, text), ids in zip(batch, encoded):
-                        (train if split == 'train' else val).write(ids.astype(np.uint16))
-                        tokens[split] += len(ids)
-                        size[split] += len(text.encode())
-                    progress(f'tokenized {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
-            check(tokens)
+            texts = documents(dataset, files, hash_, temporary)
+            tokens, size = tokenize(texts, encoding, temporary)
+            check(dataset, vocab_size, tokens, min_tokens)
             meta = dict(dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_)
             Path(temporary, 'meta.json').write_text(json.dumps(meta, indent=1))
-            if read_meta(folder)['hash'] != hash_:  # else another process did the same meanwhile
+            if read_meta(folder)['hash'] != hash_:  # else another process has done the same meanwhile
                 folder.mkdir(exist_ok=True)
-                for file in 'train.bin', 'val.bin', 'meta.json':  # the last makes it count as prepared
-                    os.replace(f'{temporary}/{file}', folder / file)
+                # The old text's meta.json goes first and the new one comes last: what is between, a kill
+                # included, does not count as prepared.
+                (folder / 'meta.json').unlink(missing_ok=True)
+                for name in 'train.bin', 'val.bin', 'meta.json':
+                    os.replace(f'{temporary}/{name}', folder / name)
     except OSError as e:
         raise UserError(f'could not write {folder} ({e}): make room in {DATA}, or make it writable') from e
     print(f'prepared {tokens["train"]:,} training and {tokens["val"]:,} validation tokens')
     return folder
-
-
-def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared corpus; where it or its files are not whole, a hash that matches nothing."""
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        meta = json.loads((folder / 'meta.json').read_text())
-        tokens, size = meta['tokens'], meta['bytes']
-        if all((folder / f'{split}.bin').stat().st_size == 2 * tokens[split]
-               and 0 < tokens[split] <= size[split] <= 128 * tokens[split] for split in ('train', 'val')):
-            return {'hash': None, **meta}
-    return dict(hash=None)
 
 
 if __name__ == '__main__':
@@ -224,7 +291,7 @@ if __name__ == '__main__':
     parser.add_argument('--vocab_size', type=int, default=256, help='256 is bytes; 257 to 50257 GPT-2 BPE')
     try:
         prepare(**vars(parser.parse_args()))
-    except (UserError, OSError) as e:
+    except UserError as e:
         sys.exit(f'prepare.py: {e}')
     except KeyboardInterrupt:
         sys.exit(130)

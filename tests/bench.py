@@ -1,5 +1,5 @@
 """
-Benchmarks: ratios within one run, and the device they were measured on. Not tests: nothing here can fail.
+Benchmarks: what a step takes and keeps, as ratios within one run. Not tests: nothing here can fail.
 
     python tests/bench.py                                       # all sections at the 44M size
     python tests/bench.py exits memory --n_embd=64 --n_layer=2  # some of them, another size
@@ -9,18 +9,20 @@ import gc
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from looped import LoopedConfig, LoopedGPT, flag  # noqa: E402
+from looped import LoopedGPT, flag  # noqa: E402
 from train import FlagParser, TrainConfig, configure_optimizer, pick_device  # noqa: E402
+
+DEPTHS = 1, 4, 8, 16
 
 
 @dataclass
@@ -31,27 +33,9 @@ class BenchConfig(TrainConfig):
     n_layer: int = flag(8, 'blocks', low=1)
     n_head: int = flag(8, 'heads', low=1)
     n_embd: int = flag(512, 'channels', low=1)
-    loops: int = flag(4, 'K', low=1)
-    batch_size: int = flag(2, 'sequences a step', low=1)
-    rounds: int = flag(5, 'measured steps of each contestant, in turn', low=1)
-
-
-def sync(device):
-    if device.type != 'cpu':
-        getattr(torch, device.type).synchronize()
-
-
-def in_turn(device, rounds: int, **contestants) -> dict[str, float]:
-    """Median seconds of each callable, run A B A B … after one warm-up of each."""
-    times = {name: [] for name in contestants}
-    for i in range(rounds + 1):
-        for name, run in contestants.items():
-            sync(device)
-            start = time.perf_counter()
-            run()
-            sync(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    loops: int = flag(4, 'K; exits and memory are measured at 1, 4, 8 and 16', low=1)
+    batch_size: int = flag(2, 'sequences per step', low=1)
+    rounds: int = flag(5, 'turns of each contestant', low=1)
 
 
 def data(cfg, device):
@@ -65,8 +49,17 @@ def autocast(cfg, device):
 
 
 def make(cfg, device, **other):
+    cfg = replace(cfg, **other)
     torch.manual_seed(0)
-    return LoopedGPT(replace(cfg, **other)).to(device).train()
+    model = LoopedGPT(cfg).to(device).train()
+    model.checkpoint_loops = cfg.checkpoint_loops
+    return model
+
+
+def backward(model, cfg, idx, targets, loss=None):
+    with autocast(cfg, idx.device):
+        mean = loss(model, idx, targets) if loss else model(idx, targets).loss
+    mean.backward()
 
 
 def stepper(model, cfg, device, loss=None, fused=True):
@@ -77,34 +70,64 @@ def stepper(model, cfg, device, loss=None, fused=True):
     idx, targets = data(cfg, device)
 
     def step():
-        with autocast(cfg, device):
-            (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
+        backward(model, cfg, idx, targets, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
 
 
-# The alternatives that looped.py was measured against
+# The clock
 
 
-def live_loss(model, idx, targets):
-    """Every exit's logits stay until backward."""
-    losses = [F.cross_entropy(model.readout(h).flatten(0, 1), targets.flatten()) for h in model.states(idx)]
-    return torch.stack(losses).mean()
+def seconds(device, run, times=1) -> float:
+    """Per call of run."""
+    sync = getattr(torch, device.type).synchronize
+    sync()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    sync()
+    return (time.perf_counter() - start) / times
+
+
+def in_turn(device, rounds: int, **contestants) -> dict[str, list[float]]:
+    """Seconds per call in every round. In a round each contestant has one turn of at least 0.2 seconds, so
+    what else the machine does meets all of them, and the ratios within a round say more than the seconds."""
+    times = {}
+    for name, run in contestants.items():
+        seconds(device, run)  # compiles, and allocates
+        times[name] = math.ceil(0.2 / seconds(device, run))
+    measured = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            measured[name].append(seconds(device, run, times[name]))
+    return measured
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """a / b: the median of the rounds, and their range."""
+    ratios = sorted(x / y for x, y in zip(a, b))
+    return f'{median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})'
+
+
+# Other ways to the same loss
 
 
 class Fused(torch.autograd.Function):
     """The gradient of cross-entropy is known as soon as the logits are: both are taken in one pass over
-    chunks of 4096 rows, and no logits are computed twice. Differentiable once; all exits weigh the same."""
+    chunks of 4096 rows, and no logits are kept. Differentiable once; all exits weigh the same."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):  # (K · N, C), (V, C), (K · N,) -> mean ()
-        dx, dweight, total = torch.empty_like(x), torch.zeros_like(weight), 0
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight)
+        total = 0.0
         for i in range(0, len(x), 4096):
             rows = slice(i, i + 4096)
             z = x[rows] @ weight.T
-            logp, dtype = F.log_softmax(z.float(), dim=-1), z.dtype
+            dtype = z.dtype
+            logp = F.log_softmax(z.float(), dim=-1)
             del z
             total = total - logp.gather(1, targets[rows, None]).sum()
             onehot = torch.arange(len(weight), device=x.device) == targets[rows, None]
@@ -122,16 +145,21 @@ class Fused(torch.autograd.Function):
 
 
 def fused_loss(model, idx, targets):
-    x = torch.stack([model.expose(h) for h in model.states(idx)]).flatten(0, 2)
-    return Fused.apply(x, model.tok_emb.weight, targets.flatten().repeat(len(x) // targets.numel()))
+    states = model.states(idx)
+    x = torch.stack([model.exposure(h) for h in states]).flatten(0, 2)
+    return Fused.apply(x, model.tok_emb.weight, targets.flatten().repeat(len(states)))
 
 
 def plain_loss(model, idx, targets):
-    """As the authors' release does it: K live logit tensors and a norm read from the device at every loop."""
-    states = model.states(idx)
-    [h.norm(dim=-1).mean().item() for h in states]
-    logits = [model.readout(h) for h in states]
-    return sum(F.cross_entropy(z.flatten(0, 1), targets.flatten()) for z in logits) / len(logits)
+    """As the authors' release does it: a norm is read from the device in every loop."""
+    h = h_0 = model.embed(idx)
+    losses = []
+    for k in range(1, model.cfg.loops + 1):
+        h = model.step(h, h_0, k)
+        h.detach().float().norm(dim=-1).mean().item()
+        z = model.readout(h, k)
+        losses.append(F.cross_entropy(z.flatten(0, 1), targets.flatten()))
+    return sum(losses) / len(losses)
 
 
 def make_plain(cfg, device):
@@ -149,35 +177,35 @@ def make_plain(cfg, device):
     return model
 
 
-# What is measured. Each section prints its lines.
+# The sections. Each prints its lines.
+
+# Contestants: whether loops and exits are computed again in backward, and the loss, if not the model's own
+VARIANTS = {'ours': (False, None), 'checkpointed': (True, None), 'fused': (False, fused_loss)}
 
 
 def exits(cfg, device, say):
-    for loops in sorted({1, cfg.loops, 2 * cfg.loops, 4 * cfg.loops}):
-        t = in_turn(device, cfg.rounds, ours=stepper(make(cfg, device, loops=loops), cfg, device),
-                    fused=stepper(make(cfg, device, loops=loops), cfg, device, fused_loss),
-                    live=stepper(make(cfg, device, loops=loops), cfg, device, live_loss))
-        say(f'exits at K = {loops}: {t["ours"]:.3f} s per step; a hand-written gradient takes '
-            f'{t["fused"] / t["ours"]:.2f} x that, live logits {t["live"] / t["ours"]:.2f} x')
+    for loops in DEPTHS:
+        steps = {}
+        for name, (checkpointed, loss) in VARIANTS.items():
+            model = make(cfg, device, loops=loops, checkpoint_loops=checkpointed)
+            steps[name] = stepper(model, cfg, device, loss)
+        t = in_turn(device, cfg.rounds, **steps)
+        say(f'exits at K = {loops}: {median(t["ours"]):.4g} s per step; '
+            f'--checkpoint_loops takes {ratio(t["checkpointed"], t["ours"])} that, '
+            f'a hand-written gradient {ratio(t["fused"], t["ours"])}')
 
 
 def plain(cfg, device, say):
     compiled = make(cfg, device)
     compiled.compile_regions()
-    n, times = (8192, 10) if device.type == 'cuda' else (4096, 1)
-    matrix = torch.randn(n, n, device=device)
-    with autocast(cfg, device):
-        matrix = matrix.to((matrix @ matrix).dtype)
-    plain_step = stepper(make_plain(cfg, device), cfg, device, plain_loss, fused=False)
-    t = in_turn(device, cfg.rounds, plain=plain_step,
-                eager=stepper(make(cfg, device), cfg, device), compiled=stepper(compiled, cfg, device),
-                product=lambda: [matrix @ matrix for _ in range(times)])
-    flops = compiled.flops_per_token() * cfg.batch_size * cfg.block_size / t['compiled'] / 1e12
-    ceiling = times * 2 * n ** 3 / t['product'] / 1e12
-    say(f'plain: {t["plain"]:.3f} s per plain eager step; ours is {t["plain"] / t["eager"]:.2f} x as fast '
-        f'eager and {t["plain"] / t["compiled"]:.2f} x compiled; compiled against eager '
-        f'{t["eager"] / t["compiled"]:.2f} x; compiled does {flops:.3f} TFLOP/s, {flops / ceiling:.0%} of '
-        f'the {ceiling:.3f} of one matrix product')
+    t = in_turn(device, cfg.rounds,
+                plain=stepper(make_plain(cfg, device), cfg, device, plain_loss, fused=False),
+                eager=stepper(make(cfg, device), cfg, device),
+                compiled=stepper(compiled, cfg, device))
+    rate = compiled.flops_per_token() * cfg.batch_size * cfg.block_size / median(t['compiled']) / 1e12
+    say(f'plain: {median(t["plain"]):.4g} s per step as the authors have it; '
+        f'that is {ratio(t["plain"], t["eager"])} ours, and {ratio(t["plain"], t["compiled"])} ours compiled, '
+        f'which does {rate:.3f} TFLOP/s and takes {ratio(t["compiled"], t["eager"])} eager')
 
 
 def child(function, *args):
@@ -188,7 +216,7 @@ def child(function, *args):
 
 
 def compile_one(cfg, loops, whole):
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.n_embd)
     model = make(cfg, device, loops=loops)
     if whole:
         wrapped = torch.compile(model)
@@ -196,19 +224,16 @@ def compile_one(cfg, loops, whole):
     else:
         model.compile_regions()
         step = stepper(model, cfg, device)
-    start = time.perf_counter()
-    step()
-    sync(device)
-    first = time.perf_counter() - start
-    return first, in_turn(device, cfg.rounds, step=step)['step']
+    first = seconds(device, step)
+    return first, median(in_turn(device, cfg.rounds, step=step)['step'])
 
 
 def compile(cfg, device, say):
     for loops in 2, 16:
-        (block, block_step), (whole, whole_step) = (child(compile_one, cfg, loops, w) for w in (False, True))
-        say(f'compile at K = {loops}: first step after {block:.1f} s by regions, {whole:.1f} s as a whole '
-            f'({whole / block:.1f} x); then {block_step:.3f} s and {whole_step:.3f} s per step '
-            f'({block_step / whole_step:.2f} x)')
+        regions_first, regions = child(compile_one, cfg, loops, False)
+        whole_first, whole = child(compile_one, cfg, loops, True)
+        say(f'compile at K = {loops}: by regions the first step takes {regions_first:.1f} s and a later one '
+            f'{regions:.4g} s; as a whole {whole_first:.1f} s and {whole:.4g} s')
 
 
 def peak_memory(device) -> int:
@@ -219,17 +244,12 @@ def peak_memory(device) -> int:
     return 1024 * int(status.split('VmHWM:')[1].split()[0])
 
 
-def memory_one(cfg, loops, variant):
-    device = pick_device(cfg.device)
-    model = make(cfg, device, loops=loops)
-    model.checkpoint_loops = variant == 'checkpointed'
-    loss = dict(live=live_loss, fused=fused_loss).get(variant)
+def memory_one(cfg, loops, name):
+    device = pick_device(cfg.device, cfg.n_embd)
+    checkpointed, loss = VARIANTS[name]
+    model = make(cfg, device, loops=loops, checkpoint_loops=checkpointed)
     idx, targets = data(cfg, device)
-
-    def run(idx, targets):
-        with autocast(cfg, device):
-            (loss(model, idx, targets) if loss else model(idx, targets).loss).backward()
-    run(idx[:1, :8], targets[:1, :8])  # what torch imports and allocates once
+    backward(model, cfg, idx[:1, :8], targets[:1, :8], loss)  # what torch imports and allocates once
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -237,48 +257,28 @@ def memory_one(cfg, loops, variant):
         Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
     before = peak_memory(device)
     try:
-        run(idx, targets)
+        backward(model, cfg, idx, targets, loss)
     except torch.OutOfMemoryError:
         return math.nan
     return peak_memory(device) - before
 
 
 def memory(cfg, device, say):
-    variants = 'ours', 'fused', 'live', 'checkpointed'
-    for loops in 1, 4, 8, 16:
-        peak = {v: child(memory_one, cfg, loops, v) / 2 ** 20 for v in variants}
-        say(f'memory at K = {loops}: forward and backward take {peak["ours"]:,.0f} MiB over the weights; '
-            f'with a hand-written gradient {peak["fused"] / peak["ours"]:.2f} x that, with live logits '
-            f'{peak["live"] / peak["ours"]:.2f} x, with --checkpoint_loops '
-            f'{peak["checkpointed"] / peak["ours"]:.2f} x')
+    for loops in DEPTHS:
+        mib = {name: child(memory_one, cfg, loops, name) / 2 ** 20 for name in VARIANTS}
+        say(f'memory at K = {loops}: forward and backward take {mib["ours"]:,.1f} MiB beside weights and gradients; '
+            f'with --checkpoint_loops {mib["checkpointed"]:,.1f} ({mib["checkpointed"] / mib["ours"]:.2f} x), '
+            f'with a hand-written gradient {mib["fused"]:,.1f} ({mib["fused"] / mib["ours"]:.2f} x)')
 
 
-@torch.no_grad()
-def generate(cfg, device, say):
-    config = LoopedConfig(n_layer=4, n_embd=256, n_head=4, loops=8, block_size=256)
-    model = LoopedGPT(config).to(device).eval()
-    idx = torch.randint(256, (1, 8), device=device)
-
-    def recompute():
-        x = idx
-        for _ in range(200):
-            x = torch.cat((x, model(x).logits[:, -1:].argmax(-1)), 1)
-        return x
-    assert torch.equal(model.generate(idx, 200, temperature=0), recompute())
-    t = in_turn(device, min(3, cfg.rounds), recomputed=recompute,
-                cached=lambda: model.generate(idx, 200, temperature=0))
-    say(f'generate: 200 tokens in {t["cached"]:.2f} s with keys and values kept, '
-        f'{t["recomputed"] / t["cached"]:.1f} x as fast as recomputing (4 blocks, C 256, K 8, T 256)')
-
-
-SECTIONS = dict(exits=exits, plain=plain, compile=compile, memory=memory, generate=generate)
+SECTIONS = dict(exits=exits, plain=plain, compile=compile, memory=memory)
 
 
 def main():
     parser = FlagParser(BenchConfig, __doc__)
     parser.add_argument('sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all)')
     cfg, given = parser.parse(sys.argv[1:])
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.n_embd)
     name = f'{torch.get_num_threads()} CPU threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +23,9 @@ def workplace(tmp_path, monkeypatch):
     from data import prepare
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, 'DATA', tmp_path / 'data')
-    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data').mkdir(exist_ok=True)
     (tmp_path / 'text.txt').write_text(TEXT)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    signal.set_wakeup_fd(-1)  # Ctrl-C is pytest's again
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    return tmp_path
 
 
 @pytest.fixture
