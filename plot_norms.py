@@ -94,8 +94,8 @@ def scale_sensitivity(model, idx, targets):
 
 @averaged
 def radial_gradient(model, idx, targets):
-    """r_k = |<g, h_k>| / (|g| |h_k|) with g = dCE_k/dh_k, which is 0 where exit k hides the norm; and, with its
-    sign, dCE_k / d log|h_k| = <g, h_k>. Mean over tokens."""
+    """r_k = |<g, h_k>| / (|g| |h_k|) with g = dCE_k/dh_k, 0 where exit k hides the norm; and, with its sign,
+    the slope dCE_k / d log|h_k| = <g, h_k>. Means over tokens."""
     shares, slopes = [], []
     for k, h in enumerate(model.states(idx), 1):
         g = exit_gradient(model, h, k, targets)
@@ -106,9 +106,9 @@ def radial_gradient(model, idx, targets):
 
 @averaged
 def loss_gradient(model, idx, targets):
-    """|cos| and cos of h_k and the gradient that the WHOLE loss sends to it, as it is trained: every exit with
-    its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit k's
-    own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
+    """|cos| and cos of h_k and the gradient that the WHOLE loss sends to it, as it is trained: every exit
+    with its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit
+    k's own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
     follow and s_k is the mean norm, with the C that makes it meet the curve at k = 1."""
     cfg, K = model.cfg, model.cfg.loops
     h_0, states = model.embed(idx), model.states(idx)
@@ -145,7 +145,7 @@ def trajectories(model, batches):
 
 @averaged
 def common(model, idx, _):
-    """|mean h_k|² / mean |h_k|², the share of the squared norm that all tokens have in common; |h_k| / |h_0|."""
+    """|mean h_k|² / mean |h_k|²: what all tokens have in common of the squared norm. And |h_k| / |h_0|."""
     h = torch.stack(model.states(idx)).float()  # (K, B, T, C)
     norm, norm_0 = h.norm(dim=-1), model.embed(idx).float().norm(dim=-1)
     share = h.mean((1, 2)).square().sum(-1) / norm.square().mean((1, 2))
@@ -169,8 +169,8 @@ def residual_expansion(model, idx, _):
 
 @averaged
 def radial_clamp(model, idx, targets):
-    """Every loop leaves each token at its norm after loop 1, before it is decoded and carried on: at each exit,
-    the change of cross-entropy, and the mean norm over the one without the clamp."""
+    """Every loop leaves each token at its norm after loop 1, before it is decoded and carried on: at each
+    exit, the change of cross-entropy, and the mean norm over the one without the clamp."""
     h_0, free = model.embed(idx), model.states(idx)
     clamped = free[:1]
     for k in range(2, model.cfg.loops + 1):
@@ -182,7 +182,7 @@ def radial_clamp(model, idx, targets):
 
 @torch.no_grad()
 def token_norms(model, batches):
-    """How the norm of h_K is spread over tokens: its quantiles from the least to the greatest, and its mean."""
+    """How the norm of h_K is spread over tokens: quantiles from the least to the greatest, and the mean."""
     norms = torch.cat([model.states(idx)[-1].float().norm(dim=-1).flatten() for idx, _ in batches])
     share = torch.linspace(0, 1, 101)
     at = (share * (len(norms) - 1)).round().long()
@@ -239,8 +239,8 @@ def speed(run: Callable, batches: list) -> float:
 
 @torch.no_grad()
 def exits(model, batches):
-    """Perplexity and tokens per second at each exit; and with halting [mean loops, perplexity, speed over that
-    of exit K]. Its threshold is chosen on every other batch; all that is reported is of the rest."""
+    """Perplexity and tokens per second at each exit; and with halting [mean loops, perplexity, speed over
+    that of exit K]. Its threshold is chosen on every other batch; all that is reported is of the rest."""
     margins, losses = [], []
     for idx, targets in batches:
         for k, h in enumerate(model.states(idx), 1):
@@ -282,39 +282,30 @@ def draw_curves(ax, lines: list, row: 'Row'):
     lowest, rounding = [], 0.0
     for i, (style, runs) in enumerate(lines):
         x, y = gather(runs, row)
-        below = y < row.floor
-        rounding = max([rounding, *y[below].tolist()])
-        y[below] = row.floor / 2 * 0.7 ** i  # side by side, so that none hides another
+        if row.floor:
+            below = y < row.floor
+            rounding = max([rounding, *y[below].tolist()])
+            y[below] = row.floor / 2 * 0.7 ** i  # side by side, so that none hides another
         lowest += y[y.isfinite()].sort().values[:1].tolist()
-        mean, color = y.mean(0), style['color']
+        mean = y.mean(0)
         K = runs[0]['config']['loops'] if row.x == 'loop' else len(x)
-        style = dict(style, markevery=max(1, len(x) // 8))
         ax.plot(x[:K], mean[:K], **style)
         if row.x == 'loop':
             ax.plot(x[K - 1:], mean[K - 1:], **dict(style, alpha=0.45))  # deeper than it was trained
-            ax.plot(x[K - 1:K], mean[K - 1:K], style['marker'] or 'o', color=color, markersize=8)
+            ax.plot(x[K - 1:K], mean[K - 1:K], 'o', color=style['color'], markersize=8)
         if len(runs) > 1:
-            ax.fill_between(x, y.amin(0), y.amax(0), color=color, alpha=0.18, linewidth=0)
+            ax.fill_between(x, y.amin(0), y.amax(0), color=style['color'], alpha=0.18, linewidth=0)
     ax.set(xlabel=row.xlabel, xscale=row.xscale, yscale=row.yscale)
     if row.floor:
         bottom = row.floor / 2 * 0.7 ** len(lines)
         ax.axhspan(bottom, row.floor, color='grey', alpha=0.15, linewidth=0)
-        ax.set_ylim(bottom, max(ax.get_ylim()[1], 1000 * row.floor))
+        ax.set_ylim(bottom, 1)
     if rounding:
-        ax.text(0.02, row.floor, f'0 (rounding: {rounding:.0e})'.replace('e-0', 'e-'), va='bottom', color='dimgrey',
-                transform=ax.get_yaxis_transform())
+        text = f'0 (rounding: {rounding:.0e})'.replace('e-0', 'e-')
+        ax.text(0.02, row.floor, text, transform=ax.get_yaxis_transform(), va='bottom', color='dimgrey')
     if row.crop and lowest:  # where one explodes, the others stay in view
-        top = max(min(lowest) + 2.5, max(lowest) + 0.5)
-        ax.set_ylim(min(lowest) - 0.1, min(ax.get_ylim()[1] + 0.1, top))
-
-
-def draw_exits(ax, lines: list, row: 'Row'):
-    """Curves, and a star for each run with confidence halting."""
-    draw_curves(ax, lines, row)
-    for style, runs in lines:
-        for r in runs:
-            loops, perplexity, _ = r['exits']['halting']
-            ax.plot(loops, perplexity, '*', color=style['color'], mec='black', markersize=13)
+        top = max(2 * min(lowest), 1.2 * max(lowest))
+        ax.set_ylim(0.97 * min(lowest), min(ax.get_ylim()[1], top))
 
 
 def draw_loss_gradient(ax, lines: list, row: 'Row'):
@@ -330,9 +321,9 @@ def draw_loss_gradient(ax, lines: list, row: 'Row'):
 def draw_quadrant(ax, lines: list, row: 'Row'):
     """One point per run, of the last evaluation in its log."""
     for style, runs in lines:
-        norms = [r['evaluation']['norms'][-1] for r in runs]
-        gains = [r['evaluation']['val_losses'][0] - r['evaluation']['val_losses'][-1] for r in runs]
-        ax.plot(norms, gains, style['marker'] or 'o', color=style['color'], markersize=10, alpha=0.8, mec='white')
+        for r in runs:
+            norm, losses = r['evaluation']['norms'][-1], r['evaluation']['val_losses']
+            ax.plot(norm, losses[0] - losses[-1], 'o', color=style['color'], markersize=10, alpha=0.8)
     ax.axhline(0, color='grey', linewidth=0.8, linestyle=':')
     ax.set(xlabel=row.xlabel, xscale=row.xscale)
     ax.set_xlim(min(ax.get_xlim()[0], 1), max(ax.get_xlim()[1], 1e4))  # so that left and right have a meaning
@@ -350,18 +341,16 @@ def draw_states(ax, lines: list, row: 'Row'):
         strip.plot([0, x[:, 0].max()], [0, 0], linewidth=2, **look)
         strip.plot(x.T, y.T, '.-', linewidth=1, markersize=4, **look)
         strip.plot(x[:, K - 1:K], y[:, K - 1:K], 'o', markersize=7, **look)
-        norm = torch.hypot(x, y).nanmedian(0).values
-        angle = torch.linspace(0, math.pi / 2, 50)
-        strip.plot(norm[0] * angle.cos(), norm[0] * angle.sin(), ':', color='grey')
-        far = max([1e-9, *x[x.isfinite()].tolist()])
-        high = max([far / 6, *y[y.isfinite()].tolist()])
-        back = min([0.0, *x[x.isfinite()].tolist()])  # where a state has turned by more than 90 degrees
-        strip.set(xlim=(back, far), ylim=(0, high), aspect='equal', anchor='W')
+        norm_1, angle = x[:, 0].nanmedian(), torch.linspace(0, math.pi / 2, 50)
+        strip.plot(norm_1 * angle.cos(), norm_1 * angle.sin(), ':', color='grey')
+        xs, ys = x[x.isfinite()].tolist(), y[y.isfinite()].tolist()
+        far = max([1e-9, *xs])
+        back = min([0.0, *xs])  # where a state has turned by more than 90 degrees
+        strip.set(xlim=(back, far), ylim=(0, max([far / 6, *ys])), aspect='equal', anchor='W')
         strip.locator_params(axis='y', nbins=3)
         turned = torch.atan2(y, x)[:, -1].nanmedian().rad2deg()
-        norms = ', '.join(f'|h_{k}| {norm[k - 1]:.3g}' for k in sorted({1, min(K, 32), 32}))
-        name = textwrap.shorten(style['label'], 36, placeholder=' …')
-        strip.set_title(f'{name}: {norms}, turned {turned:.0f}°', loc='left', fontsize=10, **look)
+        label = textwrap.shorten(style['label'], 50, placeholder=' …')
+        strip.set_title(f'{label}, turned by {turned:.0f}°', loc='left', fontsize=10, color=style['color'])
     ax.text(0.5, -0.08, row.xlabel, ha='center')
 
 
@@ -382,45 +371,61 @@ class Row(NamedTuple):
 
 
 PANELS = {  # None: the log has it all
-    'training': None, 'scale_sensitivity': scale_sensitivity, 'radial_gradient': radial_gradient, 'quadrant': None,
-    'states': trajectories, 'depth': depth, 'loss_gradient': loss_gradient, 'common': common,
-    'residual_expansion': residual_expansion, 'radial_clamp': radial_clamp, 'token_norms': token_norms,
-    'exits': exits}
+    'training': None, 'scale_sensitivity': scale_sensitivity, 'radial_gradient': radial_gradient,
+    'quadrant': None, 'states': trajectories, 'depth': depth, 'loss_gradient': loss_gradient,
+    'common': common, 'residual_expansion': residual_expansion, 'radial_clamp': radial_clamp,
+    'token_norms': token_norms, 'exits': exits}
 
 ROWS = [
-    Row('training', 'norm', 'How does the norm change in training?', 'Level: it is held. Band: range over seeds.',
+    Row('training', 'norm', 'How does the norm change in training?',
+        'Level: it is held. Band: range over seeds.',
         'norm at K', x='iter', xlabel='iteration', yscale='log'),
-    Row('scale_sensitivity', 'ce', 'Does the loss see the norm?', 'Flat: no. A valley: yes, and it prefers one.',
+    Row('scale_sensitivity', 'ce', 'Does the loss see the norm?',
+        'Flat: no. A valley: yes, and it prefers one norm.',
         'cross-entropy (nats)', x='factor', xlabel='factor on the last state', xscale='log', crop=True),
     Row('radial_gradient', 'share', "Does an exit's own loss act on the norm?",
-        '0: its gradient is at right angles to the state.', '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6),
-    Row('quadrant', '', 'Early exits, and the norm', 'Left: the norm is held. Low: exit 1 is as good as exit K.',
+        '0: its gradient is at right angles to the state.',
+        '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6),
+    Row('quadrant', '', 'Is the norm held, is exit 1 of use?',
+        'Left: the norm is held. Low: exit 1 is as good as exit K.',
         'CE at exit 1 minus CE at K', draw_quadrant, xlabel='norm at K (one point per run)', xscale='log'),
-    Row('states', '', 'Do loops lengthen a state, or turn it?', 'A dot per loop. Dotted arc: as long as h_1.', '',
-        draw_states, xlabel='h_1 … h_32, along h_1 and across it (large dot: K)'),
-    Row('depth', 'norm', 'How does the norm change from loop to loop?', 'Pale: deeper than trained.',
+    Row('states', '', 'Do loops lengthen a state, or turn it?',
+        'A dot per loop. Dotted arc: as long as h_1.',
+        '', draw_states, xlabel='h_1 … h_32, along h_1 and across it (large dot: K)'),
+    Row('depth', 'norm', 'How does the norm change from loop to loop?',
+        'Pale: deeper than trained.',
         'norm of the state', yscale='log'),
-    Row('depth', 'ce', 'How good is each exit?', 'Pale: deeper than trained, read by the last exit.',
+    Row('depth', 'ce', 'How good is each exit?',
+        'Pale: deeper than trained, read by the last exit.',
         'cross-entropy (nats)', crop=True),
     Row('loss_gradient', 'whole', 'Does the whole loss act on the norm?',
-        'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.', '|cos| of dL/dh_k and h_k',
-        draw_loss_gradient, yscale='log', floor=1e-6),
-    Row('loss_gradient', 'signed', 'Which way does it act?', 'Negative: descent lengthens h_k. L as it is trained.',
+        'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.',
+        '|cos| of dL/dh_k and h_k', draw_loss_gradient, yscale='log', floor=1e-6),
+    Row('loss_gradient', 'signed', 'Which way does the whole loss act?',
+        'Negative: descent lengthens h_k. L: as it is trained.',
         'mean cos of dL/dh_k and h_k'),
-    Row('common', 'share', 'How much of a state do all tokens share?', '1: all tokens have the same state.',
+    Row('common', 'share', 'How much of a state do all tokens share?',
+        '1: all tokens have the same state.',
         'share of the squared norm'),
-    Row('common', 'growth', 'How long is a state beside h_0?', 'h_0 is what loop 1 is fed.',
+    Row('common', 'growth', 'How long is a state beside h_0?',
+        'h_0 is what loop 1 is fed.',
         'norm of h_k over that of h_0', yscale='log'),
-    Row('residual_expansion', 'increment', 'How much norm does a loop add?', 'Level: each one adds the same.',
+    Row('residual_expansion', 'increment', 'How much norm does a loop add?',
+        'Level: each one adds the same.',
         'norm of h_k+1 minus that of h_k', yscale='symlog'),
-    Row('residual_expansion', 'turn', 'How far does a loop turn a state?', 'Falling: later loops change less.',
+    Row('residual_expansion', 'turn', 'How far does a loop turn a state?',
+        'Falling: later loops change less.',
         'distance of u_k+1 and u_k', yscale='log'),
-    Row('radial_clamp', 'change', 'What if loops may not change the norm?', '0: exit k does as well without.',
-        'change of cross-entropy (nats)', yscale='symlog'),
-    Row('token_norms', 'norm', 'Is the norm that of all tokens, or of a few?', 'Steep at the right: of a few.',
+    Row('radial_clamp', 'change', 'What if loops may not change the norm?',
+        '0: exit k does as well without.',
+        'change of cross-entropy (nats)'),
+    Row('token_norms', 'norm', 'Is the norm that of all tokens, or of a few?',
+        'Steep at the right: of a few.',
         'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log'),
-    Row('exits', 'perplexity', 'How good is it to stop early?', 'Star: each sequence stops when it is sure.',
-        'perplexity', draw_exits, xlabel='loops per sequence', crop=True)]
+    Row('exits', 'perplexity', 'How good is it to stop early?',
+        'Level: loops that change nothing.',
+        'perplexity', xlabel='loops', crop=True),
+]
 
 HALF, ALL = 'half', 'all'
 TABLES = {  # {what is in a result: (title, [(heading, format, key, which of a list)])}, the paper's columns
@@ -434,11 +439,13 @@ TABLES = {  # {what is in a result: (title, [(heading, format, key, which of a l
         ('r_1', '.1e', 'share', 0), ('r_K', '.1e', 'share', -1), ('g_K', '+.1e', 'slope', -1)]),
     'loss_gradient': ('Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
         ('|cos| at 1', '.1e', 'whole', 0), ('at K/2', '.1e', 'whole', HALF), ('at K', '.1e', 'whole', -1),
-        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', HALF), ('at K', '+.1e', 'signed', -1)]),
+        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', HALF),
+        ('at K', '+.1e', 'signed', -1)]),
     'radial_clamp': ('Every token kept at its norm after loop 1', [
         ('norm at K over unclamped', '.3f', 'ratio', -1), ('change of CE at K', '+.4f', 'change', -1)]),
     'residual_expansion': ('The update h_k+1 - h_k from h_10 to h_30, in RMS over channels', [
-        ('a_rad (along h_k)', '.3f', 'update', 0), ('across', '.3f', 'update', 1), ('whole', '.3f', 'update', 2)]),
+        ('a_rad (along h_k)', '.3f', 'update', 0), ('across', '.3f', 'update', 1),
+        ('whole', '.3f', 'update', 2)]),
     'exits': ('Early exits', [
         ('perplexity at exits 1 .. K', '.2f', 'perplexity', ALL), ('loops with halting', '.2f', 'halting', 0),
         ('perplexity', '.2f', 'halting', 1), ('speed over K', '.2f', 'halting', 2)]),
@@ -477,13 +484,13 @@ def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
     if iteration < cfg.max_iters:
         flags['stopped at'] = iteration
 
-    evaluation = [x for x in log if 'val_losses' in x][-1:]
-    if not evaluation or len(evaluation[0]['val_losses']) != cfg.loops:
-        raise UserError(f'its log has no evaluation of {cfg.loops} loops up to iteration {iteration}: train it on')
+    evaluations = [x for x in log if 'val_losses' in x]
+    if not evaluations or len(evaluations[-1]['val_losses']) != cfg.loops:
+        raise UserError(f'its log has no evaluation of {cfg.loops} loops by iteration {iteration}: resume it')
     steps = [x for x in log if x.get('norms') and ('loss' in x or x['iter'] == 0)]
     training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
     return dict(name=f'{cfg.supervision.replace("_", "-")} + {readout}', flags=flags, seed=cfg.seed,
-                config=asdict(cfg), evaluation=evaluation[0], training=training, log=steps)
+                config=asdict(cfg), evaluation=evaluations[-1], training=training, log=steps)
 
 
 def conditions(results: list[dict]) -> tuple[str, dict[str, list[dict]]]:
@@ -507,22 +514,22 @@ DASHES = {'residual per_loop': '-', 'residual terminal': '--', 'rms per_loop': '
 
 
 def styles(groups: dict[str, list[dict]]) -> list[tuple]:
-    """[(how a condition is drawn, its runs)]. Colour: readout and penalty; of conditions that share those, the
-    plainest has their colour and the others spare ones, later with markers. Dashes: recurrence, supervision."""
-    spare = [(color, marker) for marker in ('', *'s^vD<>pPX') for color in SPARE]
+    """[(how a condition is drawn, its runs)]. Colour: readout and penalty; of conditions that share those,
+    the plainest has their colour and the others have spare ones. Dashes: recurrence and supervision."""
+    spare = [*SPARE, *matplotlib.colormaps['tab20b'].colors]
     looks = {}
     for label in sorted(groups, key=lambda label: (len(groups[label][0]['flags']), label)):
         config = groups[label][0]['config']
-        color, marker = COLORS.get(config['readout'] + ' + penalty' * (config['norm_penalty'] > 0)), ''
+        color = COLORS.get(config['readout'] + ' + penalty' * (config['norm_penalty'] > 0))
         if color is None or color in [look['color'] for look in looks.values()]:
-            color, marker = spare[len(looks) % len(spare)]
+            color = spare[len(looks) % len(spare)]
         dash = DASHES.get(f'{config["recurrence"]} {config["supervision"]}', (0, (6, 2, 1, 2, 1, 2)))
-        looks[label] = dict(color=color, marker=marker, linestyle=dash, linewidth=2.2, label=drawable(label))
+        looks[label] = dict(color=color, linestyle=dash, linewidth=2.2, label=drawable(label))
     return [(looks[label], runs) for label, runs in groups.items()]
 
 
 def drawable(text: str) -> str:
-    """`text` as matplotlib draws it literally: no $ begins a formula, and what its font lacks is an escape."""
+    """`text` as matplotlib draws it literally: no $ begins a formula; what its font lacks is an escape."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     known = font.get_charmap()
     text = ''.join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
@@ -551,8 +558,8 @@ def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Pat
     fig.tight_layout(h_pad=2)
     handles = [Line2D([], [], **dict(style, label=textwrap.fill(style['label'], 46))) for style, _ in lines]
     title = textwrap.fill(drawable(f'All runs: {shared}'), 50 * columns) if shared else None
-    fig.legend(handles=handles, title=title, loc='upper center', bbox_to_anchor=(0.5, 0), ncols=min(2, columns),
-               frameon=False)
+    fig.legend(handles=handles, title=title, loc='upper center', bbox_to_anchor=(0.5, 0),
+               ncols=min(2, columns), frameon=False)
     buffer = BytesIO()
     fig.savefig(buffer, format=out.suffix[1:], dpi=110, bbox_inches='tight')
     write_file(out, buffer.getvalue())
@@ -561,35 +568,39 @@ def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Pat
 def animate(groups: dict[str, list[dict]], out: Path):
     """The first 120 iterations in the logs as a moving picture: the norm at every loop, one curve per run."""
     lines = styles(groups)
-    logs = [r['log'] for _, runs in lines for r in runs]
-    iterations = sorted({x['iter'] for log in logs for x in log})[:120]
-    norms = [n for log in logs for x in log if x['iter'] <= iterations[-1] for n in x['norms']]
-    norms = [n for n in norms if 0 < n < math.inf] or [1]
     fig = matplotlib.figure.Figure(figsize=(8, 4.2))
-    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74), xlabel='loop k', ylabel='norm of the state', yscale='log',
-                      ylim=(0.7 * min(norms), 1.4 * max(norms)))
-    ax.set_xlim(0.5, max(len(log[0]['norms']) for log in logs) + 0.5)
-    curves = [ax.plot([], [], **style)[0] for style, runs in lines for _ in runs]
+    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74), xlabel='loop k', ylabel='norm of the state', yscale='log')
+    curves = []
+    for style, runs in lines:
+        for r in runs:
+            curves.append((ax.plot([], [], **style)[0], r['log']))
     handles = [Line2D([], [], **style) for style, _ in lines]
     legend = ax.legend(handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False,
                        fontsize=min(12, 70 / len(handles)))
 
+    points = [x for _, log in curves for x in log]
+    iterations = sorted({x['iter'] for x in points})[:120]
+    norms = [n for x in points if x['iter'] <= iterations[-1] for n in x['norms'] if 0 < n < math.inf]
+    ax.set_xlim(0.5, max(len(x['norms']) for x in points) + 0.5)
+    ax.set_ylim(0.7 * min(norms, default=1), 1.4 * max(norms, default=1))
+
     def latest(log, it):
-        return [x for x in log if x['iter'] <= it or x is log[0]][-1]
+        return [x for x in log if x['iter'] <= it or x is log[0]][-1]['norms']
 
     def update(it):
         ax.set_title(f'iteration {it}')
-        for curve, log in zip(curves, logs):
-            now = latest(log, it)['norms']
-            curve.set_data(range(1, len(now) + 1), now)
+        for curve, log in curves:
+            norms = latest(log, it)
+            curve.set_data(range(1, len(norms) + 1), norms)
         for text, (style, runs) in zip(legend.get_texts(), lines):
-            norm = cell([latest(r['log'], it)['norms'][-1] for r in runs], '.1f')
+            norm = cell([latest(r['log'], it)[-1] for r in runs], '.1f')
             text.set_text(f'{textwrap.fill(style["label"], 30)}\nnorm at K: {norm}')
 
     frames = []
     for i, it in enumerate(iterations, 1):
         frames += [it] * (1 + 6 // i)  # the first changes are the largest
-    movie = matplotlib.animation.FuncAnimation(fig, update, frames + iterations[-1:] * 25, init_func=list)
+    frames += iterations[-1:] * 25
+    movie = matplotlib.animation.FuncAnimation(fig, update, frames, init_func=list)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'movie.gif')
         movie.save(path, matplotlib.animation.PillowWriter(fps=10), dpi=100)
@@ -599,7 +610,10 @@ def animate(groups: dict[str, list[dict]], out: Path):
 def cell(values: list[float], form: str) -> str:
     """Mean ± standard deviation over seeds."""
     t = torch.tensor(values, dtype=torch.float64)
-    return format(t.mean().item(), form) + (f' ± {format(t.std().item(), form.lstrip("+"))}' if len(t) > 1 else '')
+    text = format(t.mean().item(), form)
+    if len(t) > 1:
+        text += f' ± {format(t.std().item(), form.lstrip("+"))}'
+    return text
 
 
 def tables(shared: str, groups: dict[str, list[dict]]) -> str:
@@ -627,7 +641,8 @@ def tables(shared: str, groups: dict[str, list[dict]]) -> str:
 @dataclass
 class PlotConfig:
     out: str = flag('blind_spot.png', 'the figure, its numbers beside it as .json; or a moving picture, .gif')
-    panels: str = flag('training,scale_sensitivity,radial_gradient,quadrant', f'all, or of\n{",".join(PANELS)}')
+    panels: str = flag('training,scale_sensitivity,radial_gradient,quadrant',
+                       f'all, or of\n{",".join(PANELS)}')
     eval_iters: int = flag(50, 'batches of validation text', low=2, high=10_000)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu')
 
@@ -694,7 +709,8 @@ def main(argv):
         animate(groups, out)
     else:
         draw(shared, groups, cfg.panels.split(','), out)
-        plain = json.loads(json.dumps(groups), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
+        text = json.dumps(groups)
+        plain = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
         write_file(out.with_suffix('.json'), json.dumps(plain, indent=1).encode())
     print(f'{out} is drawn, in {time.time() - start:.0f} s', file=sys.stderr)
     print(tables(shared, groups), flush=True)  # last: where nobody reads it, the figure is there

@@ -20,6 +20,7 @@ from train import FlagParser, load_checkpoint, one_line_errors, pick_device
 
 @dataclass
 class SampleConfig:
+    out_dir: str = flag('', 'the folder of a run, if it is not given by itself')
     prompt: str = flag('\n', 'text to continue; FILE:path reads a file, - standard input')
     loops: int = flag(0, 'depth; 0 is the trained one', high=10_000)
     every_depth: bool = flag(False, 'depths 1, 2, 4 .. K and 2K, one under the other')
@@ -80,9 +81,9 @@ def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: Sampl
 @one_line_errors
 def main(argv):
     parser = FlagParser(SampleConfig, __doc__)
-    parser.add_argument('run', type=Path, help='the folder of a run, as out/python-raw-residual-per_loop')
+    parser.add_argument('run', nargs='?', help='the folder of a run, as out/python-raw-residual-per_loop')
     cfg, given = parser.parse(argv)
-    run = given['run'].expanduser()
+    run = Path(given['run'] or cfg.out_dir).expanduser()
     model, trained, _ = load_checkpoint(run if run.is_file() else run / 'ckpt.pt')
     device = pick_device(cfg.device, trained.n_embd)
     model.to(device)

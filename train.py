@@ -75,8 +75,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
         self.config = config
         self.switches = []  # --resume is --resume=True
-        types = get_type_hints(config)
-        groups = {}
+        types, defaults, groups = get_type_hints(config), config(), {}
         for f in fields(config):
             kind, rules = types[f.name], f.metadata
             choices = rules.get('choices') or ()
@@ -95,15 +94,13 @@ class FlagParser(argparse.ArgumentParser):
             groups[title].add_argument(
                 f'--{f.name}', metavar=metavar, default=argparse.SUPPRESS,
                 type=kind if kind in (int, float, str) else literal,
-                help=f'{rules.get("help", "")} (default: {f.default!r})'.replace('%', '%%'))
+                help=f'{rules.get("help", "")} (default: {getattr(defaults, f.name)!r})'.replace('%', '%%'))
 
     def error(self, message: str):
         unknown = re.search('unrecognized arguments: ([^ =]+)', message)
         near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
         if near:
             message += f'; did you mean {near[0]}?'
-        elif unknown and unknown[1] == '--out_dir':
-            message += '; name the folder of the run by itself, without a flag'
         self.exit(2, f'{self.prog}: {message} (see --help)\n')
 
     def parse(self, argv: list[str]):
@@ -273,13 +270,9 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
 
 def result_flags(cfg: TrainConfig, base: TrainConfig | None = None) -> dict:
     """The flags that change the result of a run, where they differ from `base`, else from their defaults."""
-    flags = {}
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        other = getattr(base, f.name) if base else f.default
-        if f.metadata.get('result', True) and value != other:
-            flags[f.name] = value
-    return flags
+    base = base or type(cfg)()
+    names = [f.name for f in fields(cfg) if f.metadata.get('result', True)]
+    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(base, name)}
 
 
 def run_folder(cfg: TrainConfig) -> Path:

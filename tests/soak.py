@@ -31,8 +31,9 @@ def start(*flags) -> int:
     sys.stdout, code = open(os.devnull, 'w'), 1
     try:
         train.main([*FLAGS, *flags])
+        code = 0
     except SystemExit as e:
-        code = e.code or 0
+        print(e.code, file=sys.stderr)
     finally:
         os._exit(code)
 

@@ -1,6 +1,7 @@
 """sample.py through its command line, from a run trained here."""
 
 import io
+import os
 import sys
 
 import pytest
@@ -91,6 +92,25 @@ def test_text_streams_and_bytes_that_are_no_utf8_show_as_replacement_characters(
     assert out.startswith('\N{REPLACEMENT CHARACTER}\n---')
 
 
+def test_the_weights_alone_are_enough(trained, run, workplace):
+    """People share a checkpoint without its optimizer."""
+    state = torch.load(workplace / 'r' / 'ckpt.pt', weights_only=True)
+    before = trained('--temperature=0')[1]
+    del state['optimizer'], state['corpus']
+    torch.save(state, workplace / 'shared.pt')
+    code, out, _ = run(sample.main, 'shared.pt', '--device=cpu', '--max_new_tokens=30', '--temperature=0')
+    assert code == 0 and out == before
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='pipes as POSIX has them')
+def test_a_reader_that_leaves_early_leaves_no_traceback(clone, trained, workplace):
+    """python sample.py r | head -1"""
+    process = clone('sample.py', 'r', '--device=cpu', '--max_new_tokens=100000', '--prompt=line\n')
+    assert process.stdout.readline() == 'line\n'
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == ''
+
+
 def test_a_long_prompt_and_a_long_sample_go_past_the_window(trained):
     code, out, err = trained('--prompt=' + 'line 1: ' * 10, '--max_new_tokens=50')
     assert code == 0 and len(out.split('\n--- ')[0].encode()) >= 80 + 25
@@ -104,6 +124,7 @@ def test_mistakes_end_in_one_line(trained, run, flags, says):
     assert code == 1 and err.count('\n') == 1 and says in err
     code, _, err = run(sample.main, 'r', '--tempreature=1')
     assert code == 2 and 'did you mean --temperature?' in err
+    assert run(sample.main, '--out_dir=r', '--max_new_tokens=1', '--device=cpu')[0] == 0  # nanoGPT's habit
     for flag in '--temperature=-1', '--temperature=1e300', f'--seed={2 ** 64}', f'--loops={10 ** 9}':
         assert run(sample.main, 'r', flag)[0] == 2
-    assert run(sample.main)[0] == 2
+    assert 'no checkpoint ckpt.pt (yet): name the folder' in run(sample.main)[2]

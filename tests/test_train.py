@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -401,6 +401,7 @@ class Forked(TrainConfig):
     gate: bool = False                                  # a plain field, as a forker writes it
     mode: 'str | None' = None                           # of any type
     widths: tuple = (1, 2)
+    names: list = field(default_factory=list)
     sandwich: float = flag(0.0, '50% of nothing')       # and one with a meaning
     note: str = flag('', 'changes nothing', result=False)
 
