@@ -133,16 +133,6 @@ def loss_gradient(model, idx, targets):
     return dict(whole=torch.stack(whole), signed=torch.stack(signed), own=torch.stack(own), bound=bound)
 
 
-@torch.no_grad()
-def trajectories(model, batches):
-    """h_1 .. h_32 of a token in every 20th batch: how far each is along h_1, and how far across it."""
-    idx = torch.cat([idx[-1:] for idx, _ in batches[::20]])
-    h = torch.stack(model.states(idx, 32))[:, :, -1].cpu().double()  # (32, tokens, C)
-    norm, cos = h.norm(dim=-1), cosine(h, h[:1])
-    sin = (1 - cos ** 2).clamp(min=0).sqrt()
-    return dict(along=(norm * cos).T.tolist(), across=(norm * sin).T.tolist())
-
-
 @averaged
 def common(model, idx, _):
     """|mean h_k|² / mean |h_k|²: what all tokens have in common of the squared norm. And |h_k| / |h_0|."""
@@ -247,12 +237,14 @@ def exits(model, batches):
             logits = model.readout(h, k)
             margins.append(margin(logits).cpu())
             losses.append(cross_entropy(logits, targets).mean(-1).cpu())
-    shape = len(batches), model.cfg.loops, -1  # (batches, K, B)
-    margins, losses = torch.stack(margins).view(shape), torch.stack(losses).view(shape)
-    threshold = calibrate(torch.cat([*margins[::2]], dim=1), torch.cat([*losses[::2]], dim=1))
+    shape = len(batches), model.cfg.loops, -1
+    margins = torch.stack(margins).view(shape).transpose(0, 1)  # (K, batches, B)
+    losses = torch.stack(losses).view(shape).transpose(0, 1)
+    threshold = calibrate(margins[:, ::2].flatten(1), losses[:, ::2].flatten(1))
 
-    rest, ce = batches[1::2], torch.cat([*losses[1::2]], dim=1)  # (K, sequences)
-    leaves = leave_at(torch.cat([*margins[1::2]], dim=1), threshold)
+    rest = batches[1::2]
+    ce = losses[:, 1::2].flatten(1)  # (K, sequences)
+    leaves = leave_at(margins[:, 1::2].flatten(1), threshold)
     speeds = []
     for k in range(1, model.cfg.loops + 1):
         speeds.append(speed(lambda idx: margin(model.readout(model.states(idx, k)[-1], k)), rest))
@@ -309,13 +301,13 @@ def draw_curves(ax, lines: list, row: 'Row'):
 
 
 def draw_loss_gradient(ax, lines: list, row: 'Row'):
-    """Curves of the whole loss; thin, of each exit's own loss; dotted, the shape of the bound."""
+    """Curves of the whole loss; thin, of each exit's own loss; dotted, the bound's shape."""
     thin = [(dict(style, linewidth=1, alpha=0.6), runs) for style, runs in lines]
     draw_curves(ax, thin, row._replace(key='own'))
     draw_curves(ax, lines, row._replace(floor=0.0))
     for style, runs in lines:
         x, y = gather(runs, row._replace(key='bound'))
-        ax.plot(x[:-1], y.mean(0)[:-1], ':', color=style['color'], linewidth=1.5)
+        ax.plot(x[:-1], y.mean(0)[:-1], ':', color='black', linewidth=1.5, zorder=3)
 
 
 def draw_quadrant(ax, lines: list, row: 'Row'):
@@ -328,30 +320,6 @@ def draw_quadrant(ax, lines: list, row: 'Row'):
     ax.set(xlabel=row.xlabel, xscale=row.xscale)
     ax.set_xlim(min(ax.get_xlim()[0], 1), max(ax.get_xlim()[1], 1e4))  # so that left and right have a meaning
     ax.set_ylim(min(ax.get_ylim()[0], -0.05), max(ax.get_ylim()[1], 0.3))
-
-
-def draw_states(ax, lines: list, row: 'Row'):
-    """A strip for each condition, in its own unit: the states of the tokens of its first run."""
-    ax.set_axis_off()
-    for i, (style, runs) in enumerate(lines):
-        x = torch.tensor(runs[0]['states']['along'])  # (tokens, 32)
-        y = torch.tensor(runs[0]['states']['across'])
-        K, look = runs[0]['config']['loops'], dict(color=style['color'], clip_on=False)
-        strip = ax.inset_axes((0, 1 - (i + 0.86) / len(lines), 1, 0.6 / len(lines)))
-        strip.plot([0, x[:, 0].max()], [0, 0], linewidth=2, **look)
-        strip.plot(x.T, y.T, '.-', linewidth=1, markersize=4, **look)
-        strip.plot(x[:, K - 1:K], y[:, K - 1:K], 'o', markersize=7, **look)
-        norm_1, angle = x[:, 0].nanmedian(), torch.linspace(0, math.pi / 2, 50)
-        strip.plot(norm_1 * angle.cos(), norm_1 * angle.sin(), ':', color='grey')
-        xs, ys = x[x.isfinite()].tolist(), y[y.isfinite()].tolist()
-        far = max([1e-9, *xs])
-        back = min([0.0, *xs])  # where a state has turned by more than 90 degrees
-        strip.set(xlim=(back, far), ylim=(0, max([far / 6, *ys])), aspect='equal', anchor='W')
-        strip.locator_params(axis='y', nbins=3)
-        turned = torch.atan2(y, x)[:, -1].nanmedian().rad2deg()
-        label = textwrap.shorten(style['label'], 50, placeholder=' …')
-        strip.set_title(f'{label}, turned by {turned:.0f}°', loc='left', fontsize=10, color=style['color'])
-    ax.text(0.5, -0.08, row.xlabel, ha='center')
 
 
 class Row(NamedTuple):
@@ -372,13 +340,13 @@ class Row(NamedTuple):
 
 PANELS = {  # None: the log has it all
     'training': None, 'scale_sensitivity': scale_sensitivity, 'radial_gradient': radial_gradient,
-    'quadrant': None, 'states': trajectories, 'depth': depth, 'loss_gradient': loss_gradient,
+    'quadrant': None, 'depth': depth, 'loss_gradient': loss_gradient,
     'common': common, 'residual_expansion': residual_expansion, 'radial_clamp': radial_clamp,
     'token_norms': token_norms, 'exits': exits}
 
 ROWS = [
     Row('training', 'norm', 'How does the norm change in training?',
-        'Level: it is held. Band: range over seeds.',
+        'Every tick is ten times the one below. Band: range over seeds.',
         'norm at K', x='iter', xlabel='iteration', yscale='log'),
     Row('scale_sensitivity', 'ce', 'Does the loss see the norm?',
         'Flat: no. A valley: yes, and it prefers one norm.',
@@ -389,9 +357,6 @@ ROWS = [
     Row('quadrant', '', 'Is the norm held, is exit 1 of use?',
         'Left: the norm is held. Low: exit 1 is as good as exit K.',
         'CE at exit 1 minus CE at K', draw_quadrant, xlabel='norm at K (one point per run)', xscale='log'),
-    Row('states', '', 'Do loops lengthen a state, or turn it?',
-        'A dot per loop. Dotted arc: as long as h_1.',
-        '', draw_states, xlabel='h_1 … h_32, along h_1 and across it (large dot: K)'),
     Row('depth', 'norm', 'How does the norm change from loop to loop?',
         'Pale: deeper than trained.',
         'norm of the state', yscale='log'),
@@ -470,12 +435,12 @@ def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
     """What flags and log say of a run that is saved at `iteration`: its name in the paper's words, and every
     other flag that makes it a condition of its own. UserError: no evaluation that fits."""
     log = [x for x in log if x.get('iter', math.inf) <= iteration]  # it may be one evaluation ahead
-    flags = {name: value for name, value in result_flags(cfg).items()
-             if name not in ('seed', 'supervision', 'readout')}
-    readout = {'final_rms': 'final-only rms'}.get(cfg.readout, cfg.readout)
-    if cfg.readout == 'alpha':
-        flags.pop('alpha', None)
+    readout = cfg.readout.replace('final_rms', 'final-only rms')
+    named = ['seed', 'supervision', 'readout']
+    if readout == 'alpha':
         readout = f'alpha {cfg.alpha:.12g}'
+        named.append('alpha')
+    flags = {name: value for name, value in result_flags(cfg).items() if name not in named}
     if cfg.eval_iters != TrainConfig.eval_iters:  # means over other batches are not averaged with these
         flags['eval_iters'] = cfg.eval_iters
     for x in log:
@@ -520,20 +485,24 @@ def styles(groups: dict[str, list[dict]]) -> list[tuple]:
     looks = {}
     for label in sorted(groups, key=lambda label: (len(groups[label][0]['flags']), label)):
         config = groups[label][0]['config']
-        color = COLORS.get(config['readout'] + ' + penalty' * (config['norm_penalty'] > 0))
-        if color is None or color in [look['color'] for look in looks.values()]:
+        color = COLORS.get(config['readout'])
+        if config['norm_penalty']:
+            color = COLORS.get(f'{config["readout"]} + penalty')
+        taken = [look['color'] for look in looks.values()]
+        if color is None or color in taken:
             color = spare[len(looks) % len(spare)]
         dash = DASHES.get(f'{config["recurrence"]} {config["supervision"]}', (0, (6, 2, 1, 2, 1, 2)))
-        looks[label] = dict(color=color, linestyle=dash, linewidth=2.2, label=drawable(label))
+        looks[label] = dict(color=color, linestyle=dash, linewidth=2.2, label=label)
     return [(looks[label], runs) for label, runs in groups.items()]
 
 
-def drawable(text: str) -> str:
-    """`text` as matplotlib draws it literally: no $ begins a formula; what its font lacks is an escape."""
+def drawable(text: str, width: int = 1000) -> str:
+    """`text` as matplotlib draws it literally, in lines of `width`: no $ begins a formula, and a character
+    that its font lacks is an escape."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     known = font.get_charmap()
     text = ''.join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
-    return text.replace('$', r'\$')
+    return textwrap.fill(text, width).replace('$', r'\$')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,21 +512,23 @@ def drawable(text: str) -> str:
 def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Path):
     """One figure of the chosen panels."""
     lines = styles(groups)
-    cells = []
-    for row in [row for panel in panels for row in ROWS if row.panel == panel]:
-        size = 2 if row.panel == 'states' else len(lines)  # two strips fit into an axis
-        cells += [(row, lines[i:i + size]) for i in range(0, len(lines), size)]
-    columns = 2 if len(cells) in (2, 4) else min(3, len(cells))
-    height = math.ceil(len(cells) / columns)
+    rows = [row for panel in panels for row in ROWS if row.panel == panel]
+    columns = 2 if len(rows) in (2, 4) else min(3, len(rows))
+    height = math.ceil(len(rows) / columns)
     fig = matplotlib.figure.Figure(figsize=(max(8, 5.6 * columns), 4.3 * height))
-    for i, (row, some) in enumerate(cells, 1):
+    for i, row in enumerate(rows, 1):
         ax = fig.add_subplot(height, columns, i, ylabel=row.ylabel)
         ax.set_title(row.title, pad=22)
         ax.text(0.5, 1.03, row.how, transform=ax.transAxes, ha='center', fontsize=10, color='dimgrey')
-        row.draw(ax, some, row)
+        row.draw(ax, lines, row)
     fig.tight_layout(h_pad=2)
-    handles = [Line2D([], [], **dict(style, label=textwrap.fill(style['label'], 46))) for style, _ in lines]
-    title = textwrap.fill(drawable(f'All runs: {shared}'), 50 * columns) if shared else None
+    handles = []
+    for style, _ in lines:
+        label = drawable(style['label'], 46)
+        handles.append(Line2D([], [], **dict(style, label=label)))
+    title = None
+    if shared:
+        title = drawable(f'All runs: {shared}', 50 * columns)
     fig.legend(handles=handles, title=title, loc='upper center', bbox_to_anchor=(0.5, 0),
                ncols=min(2, columns), frameon=False)
     buffer = BytesIO()
@@ -574,7 +545,7 @@ def animate(groups: dict[str, list[dict]], out: Path):
     for style, runs in lines:
         for r in runs:
             curves.append((ax.plot([], [], **style)[0], r['log']))
-    handles = [Line2D([], [], **style) for style, _ in lines]
+    handles = [Line2D([], [], **dict(style, label=drawable(style['label'], 30))) for style, _ in lines]
     legend = ax.legend(handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False,
                        fontsize=min(12, 70 / len(handles)))
 
@@ -592,9 +563,9 @@ def animate(groups: dict[str, list[dict]], out: Path):
         for curve, log in curves:
             norms = latest(log, it)
             curve.set_data(range(1, len(norms) + 1), norms)
-        for text, (style, runs) in zip(legend.get_texts(), lines):
+        for text, handle, (_, runs) in zip(legend.get_texts(), handles, lines):
             norm = cell([latest(r['log'], it)[-1] for r in runs], '.1f')
-            text.set_text(f'{textwrap.fill(style["label"], 30)}\nnorm at K: {norm}')
+            text.set_text(f'{handle.get_label()}\nnorm at K: {norm}')
 
     frames = []
     for i, it in enumerate(iterations, 1):
@@ -618,9 +589,13 @@ def cell(values: list[float], form: str) -> str:
 
 def tables(shared: str, groups: dict[str, list[dict]]) -> str:
     """Markdown: a table for all that was measured and has one, with one row per condition."""
-    text = f'Mean ± standard deviation over seeds.{" All runs: " * bool(shared)}{shared}\n'
+    text = 'Mean ± standard deviation over seeds.'
+    if shared:
+        text += f' All runs: {shared}.'
+    text += '\n'
+    measured = list(groups.values())[0][0]
     for panel, (title, columns) in TABLES.items():
-        if any(panel not in r for runs in groups.values() for r in runs):
+        if panel not in measured:
             continue
         headings = ['condition', 'seeds', *[heading.replace('|', r'\|') for heading, *_ in columns]]
         text += f'\n{title}:\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
@@ -629,7 +604,11 @@ def tables(shared: str, groups: dict[str, list[dict]]) -> str:
             for _, form, key, which in columns:
                 lists = [r[panel][key] for r in runs]
                 K = len(lists[0])
-                indices = {HALF: [max(1, K // 2) - 1], ALL: range(K)}.get(which, [which])
+                indices = [which]
+                if which == HALF:
+                    indices = [max(1, K // 2) - 1]
+                elif which == ALL:
+                    indices = range(K)
                 cells.append(' / '.join(cell([values[i] for values in lists], form) for i in indices))
             text += f'| {" | ".join(cells)} |\n'
     return text

@@ -120,6 +120,13 @@ def test_training_gradients_are_those_of_the_plain_loss(readout, supervision, no
         torch.testing.assert_close(g, want, atol=1e-5, rtol=1e-4)
 
 
+def test_the_loss_alone_carries_a_gradient():
+    model, (idx, targets) = make(), batch()
+    out = model.train()(idx, targets)
+    assert out.loss.requires_grad and not out.losses.requires_grad and not out.norms.requires_grad
+    assert model(idx).logits.requires_grad and not model(idx).norms.requires_grad
+
+
 def test_the_loss_is_the_same_with_and_without_gradients():
     for supervision in 'per_loop', 'terminal':
         model, (idx, targets) = make(supervision=supervision, norm_penalty=0.1), batch()
@@ -258,10 +265,44 @@ def test_the_initial_loss_of_init_gpt2_is_near_that_of_a_uniform_guess(readout, 
     assert (losses - math.log(1000)).abs().max() < 0.3
 
 
-def test_init_torch_is_the_default_of_pytorch_with_embeddings_of_variance_one():
-    model = LoopedGPT(LoopedConfig())
-    assert 0.95 < model.tok_emb.weight.std() < 1.05 and 0.95 < model.pos_emb.weight.std() < 1.05
-    assert model.blocks[0].qkv.weight.abs().max() <= 1 / 8  # uniform within 1 / sqrt(C)
+def test_init_torch_is_that_of_pytorch_in_the_order_in_which_the_authors_make_their_layers():
+    """So a seed starts from the very weights that it gives them."""
+    torch.manual_seed(42)
+    model = LoopedGPT(LoopedConfig(n_layer=1))
+    torch.manual_seed(42)
+    made = [torch.nn.Embedding(256, 64), torch.nn.Embedding(64, 64)]
+    made += [torch.nn.Linear(a, b, bias=False) for a, b in ((64, 192), (64, 64), (64, 256), (256, 64), (64, 256))]
+    block = model.blocks[0]
+    for ours, theirs in zip((model.tok_emb, model.pos_emb, block.qkv, block.proj, block.w1, block.w2, block.w3), made):
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_init_gpt2_makes_what_writes_into_the_state_smaller_by_the_number_of_updates():
+    model = LoopedGPT(LoopedConfig(init='gpt2', n_embd=128, n_layer=2, loops=8))
+    for block in model.blocks:
+        for layer, std in (block.qkv, 0.02), (block.w1, 0.02), (block.w3, 0.02), \
+                (block.proj, 0.02 / 32 ** 0.5), (block.w2, 0.02 / 32 ** 0.5):
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.tok_emb.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_dropout_is_at_the_three_places_of_the_authors_and_at_no_other(monkeypatch):
+    """Embedding, attention weights, output of the mlp."""
+    model, (idx, _) = make(dropout=0.5), batch()
+    block, x = model.blocks[0], torch.randn(3, 16, 32)
+    seen, real = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, dropout_p, is_causal):
+        seen.append(dropout_p)
+        return real(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
+    for training, share in (True, 0.5), (False, 0.0):
+        model.train(training)
+        seen.clear()
+        assert (model.embed(idx) == 0).float().mean().item() == pytest.approx(share, abs=0.1)
+        assert (block.mlp(x) == 0).float().mean().item() == pytest.approx(share, abs=0.1)
+        assert (block.attn(x, None) != 0).all() and seen == [share]
+        assert (model.readout(x) != 0).all() and torch.equal(model.carry(x, x, 2), x)
 
 
 def test_an_output_bias_is_added_at_every_exit_learned_from_zero_or_fixed():

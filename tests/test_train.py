@@ -93,7 +93,7 @@ def resume(run):
 
 
 def adamw_by_hand(cfg, tokens, updates):
-    """Weights, losses and norms after some updates, with every formula of the recipe written out."""
+    """Weights, moments, losses and norms after some updates, with every formula of the recipe written out."""
     torch.manual_seed(cfg.seed)
     model = LoopedGPT(cfg).train()
     params = dict(model.named_parameters())
@@ -122,11 +122,11 @@ def adamw_by_hand(cfg, tokens, updates):
                 p.mul_(1 - lr * cfg.weight_decay)
                 step = m[name] / (1 - cfg.beta1 ** (it + 1))
                 p.sub_(lr * step / (torch.sqrt(v[name] / (1 - cfg.beta2 ** (it + 1))) + 1e-8))
-    return {name: p.detach() for name, p in params.items()}, losses, norms
+    return {name: p.detach() for name, p in params.items()}, m, v, losses, norms
 
 
 @pytest.mark.parametrize('flags', [
-    [], ['--gradient_accumulation_steps=3'], ['--grad_clip=0.01'], ['--grad_clip=0'], ['--beta1=0.5'],
+    [], ['--gradient_accumulation_steps=3', '--grad_clip=0'], ['--grad_clip=0.01'], ['--grad_clip=0'], ['--beta1=0.5'],
     ['--beta2=0.9'], ['--weight_decay=5'], ['--warmup_iters=3'], ['--seed=7'], ['--norm_penalty=0.1'],
     ['--recurrence=damped', '--weight_decay=9', '--dropout=0.3', '--gradient_accumulation_steps=2'],
     ['--supervision=terminal', '--readout=raw']], ids=' '.join)
@@ -136,9 +136,11 @@ def test_updates_are_those_of_adamw_written_out_by_hand(run, workplace, flags):
     state = checkpoint(workplace / 'r')
     cfg = TrainConfig(**state['config'])
     tokens = train.load_tokens(cfg)[0]['train']
-    want, losses, norms = adamw_by_hand(cfg, tokens, updates=3)
-    for name, p in want.items():
+    want, m, v, losses, norms = adamw_by_hand(cfg, tokens, updates=3)
+    for (name, p), moments in zip(want.items(), state['optimizer']['state'].values(), strict=True):
         torch.testing.assert_close(state['model'][name], p, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(moments['exp_avg'], m[name], atol=1e-5, rtol=1e-3)  # Adam hides a factor
+        torch.testing.assert_close(moments['exp_avg_sq'], v[name], atol=1e-6, rtol=1e-3)
     assert [x['loss'] for x in steps(workplace / 'r')] == pytest.approx(losses, rel=1e-4)
     for line, norm in zip(steps(workplace / 'r'), norms):
         assert line['norms'] == pytest.approx(norm, rel=1e-4)
