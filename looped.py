@@ -31,7 +31,7 @@ EPS = 1e-6
 
 
 def cut(h):
-    """h; but in backward its gradient g becomes g - (g·h) h / |h|²: the part along h is taken out."""
+    """h. In backward, the part of the gradient g along h is removed: g - (g·h) h / |h|²."""
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp(min=1e-30)
     return h * (norm.detach() / norm)  # a factor that is 1, but whose derivative is not 0
 
@@ -81,7 +81,7 @@ SUPERVISIONS = {
 
 def flag(default, help: str, choices=(), low=0, high=None, result=True, resume=True):
     """A config field that is also a command-line flag: its meaning, what is allowed, whether it changes the
-    result (and so stands in the name of a run), and whether a resume may change it."""
+    result (and so stands in the name of a run), and whether it may change once there are weights."""
     rules = dict(help=help, choices=choices, low=low, high=high, result=result, resume=resume)
     return field(default=default, metadata=rules)
 
@@ -101,7 +101,8 @@ class LoopedConfig:
     recurrence: str = flag('residual', 'what the next loop is fed of a state', RECURRENCES)
     inject: float = flag(0.0, 'how much of h_0 is added to what every loop after the first is fed')
     output_bias: str = flag('none', 'added to the logits of every exit: learned starts at zero, unigram is\n'
-                            'the fixed log frequency of each token', ('none', 'learned', 'unigram'))
+                            'the fixed log frequency of each token', ('none', 'learned', 'unigram'),
+                            resume=False)
     init: str = flag('torch', "first weights: torch is PyTorch's default, with embeddings N(0, 1);\n"
                      'gpt2 is N(0, 0.02) and smaller updates', ('torch', 'gpt2'), resume=False)
     supervision: str = flag('per_loop', 'loss at every exit, or at the last alone', SUPERVISIONS)
@@ -167,7 +168,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 class Output(NamedTuple):
     loss: torch.Tensor | None      # scalar, differentiable
-    losses: torch.Tensor | None    # (K,) cross-entropy at each exit that was computed, detached
+    losses: torch.Tensor | None    # (K,), in terminal training (1,): cross-entropy per exit, detached
     norms: torch.Tensor            # (K,) mean over tokens of the L2 norm of h_k, float32, detached
     logits: torch.Tensor | None    # (B, T, V) of the last loop, without targets
 
@@ -235,9 +236,11 @@ class LoopedGPT(nn.Module):
         T = idx.size(1)
         if not 1 <= start + T <= self.cfg.block_size:
             raise ValueError(f'positions must be 1 to block_size {self.cfg.block_size}, got {start + T}')
-        if loops < 1 or loops != depth or (start and T > 1):
-            raise ValueError(f'loops must be at least 1; a cache goes on at its own depth, one position at a '
-                             f'time; got loops {loops}, a cache of {depth}, {T} new positions')
+        if loops < 1:
+            raise ValueError(f'loops must be at least 1, got {loops}')
+        if loops != depth or (start and T > 1):
+            raise ValueError(f'a cache of {depth} loops goes on at that depth, one position at a time; got '
+                             f'{loops} loops and {T} positions')
         h = h_0 = self.embed(idx, start)
         states = []
         for k in range(1, loops + 1):
@@ -267,7 +270,7 @@ class LoopedGPT(nn.Module):
         plus norm_penalty times the mean of h². The last loop that runs is read through the last exit. Targets
         of -100 are not counted. ValueError: targets of another shape than idx."""
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f'targets must have the shape {list(idx.shape)} of idx, got {list(targets.shape)}')
+            raise ValueError(f'targets must have the shape {list(idx.shape)}, as idx, got {list(targets.shape)}')
         states = self.states(idx, loops)
         norms = torch.stack([h.detach().float().norm(dim=-1).mean() for h in states])
         if targets is None:
@@ -279,8 +282,8 @@ class LoopedGPT(nn.Module):
         for k, (h, weight) in enumerate(zip(states, weights), 1):
             if weight == 0 and self.training:  # in eval every exit is reported
                 continue
-            exit = k if k < len(states) else None
-            ce = self.recomputed(self.exit_ce, h, targets, exit)                                         # (B, T)
+            exit_k = k if k < len(states) else None
+            ce = self.recomputed(self.exit_ce, h, targets, exit_k)                                    # (B, T)
             loss = loss + weight * ce.sum() / counted
             losses.append(ce.detach().sum() / counted)
         if self.cfg.norm_penalty:
@@ -346,7 +349,8 @@ class LoopedGPT(nn.Module):
         C, T, V = self.cfg.n_embd, self.cfg.block_size, self.cfg.vocab_size
         visits = self.cfg.loops * self.cfg.n_layer
         exits = sum(w > 0 for w in SUPERVISIONS[self.cfg.supervision](self.cfg.loops))
-        return visits * (6 * 16 * C * C + 12 * C * T) + exits * 6 * C * V
+        weights = 16 * C * C  # of a block: 4 C² of attention, 12 C² of the mlp
+        return visits * (6 * weights + 12 * C * T) + exits * 6 * C * V
 
 
 def validate(config):

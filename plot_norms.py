@@ -3,10 +3,10 @@ See the blind spot: measure trained runs, draw one figure, print tables.
 
     python plot_norms.py out/A out/B ...        (no run named: every run under out/)
     python plot_norms.py --panels=all           (without it: the argument in four panels)
-    python plot_norms.py --out=training.gif     (a moving picture, of the logs alone)
+    python plot_norms.py --out=training.gif     (a moving picture; nothing is measured)
 
 Runs that differ in nothing but the seed are one condition: the figure has their mean, and their range as a
-band. All numbers come from log.jsonl, ckpt.pt and validation text; they go beside the figure as JSON.
+band. All numbers come from checkpoints and validation text; they go beside the figure as JSON.
 """
 
 import functools
@@ -31,7 +31,7 @@ from matplotlib.lines import Line2D
 from data.prepare import UserError
 from looped import SUPERVISIONS, LoopedGPT, cross_entropy, flag, validate
 from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
-                   pick_device, read_log, result_flags, write_file)
+                   pick_device, result_flags, write_file)
 
 matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 
@@ -115,7 +115,7 @@ def loss_gradient(model, idx, targets):
     weights = SUPERVISIONS[cfg.supervision](K)
     later = torch.zeros_like(h_0)  # what reaches h_k through loop k + 1
     whole, signed, own = [], [], []
-    for k in range(K, 0, -1):  # backward by hand, so that the graph of one loop or exit is there at a time
+    for k in range(K, 0, -1):  # by hand, so that only one loop's or exit's graph exists at a time
         h = states[k - 1]
         exit_k = exit_gradient(model, h, k, targets)
         penalty = cfg.norm_penalty * 2 * h / (K * cfg.n_embd)  # a sum over tokens, as exit_k is
@@ -434,7 +434,6 @@ def words(flags: dict) -> str:
 def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
     """What flags and log say of a run that is saved at `iteration`: its name in the paper's words, and every
     other flag that makes it a condition of its own. UserError: no evaluation that fits."""
-    log = [x for x in log if x.get('iter', math.inf) <= iteration]  # it may be one evaluation ahead
     readout = cfg.readout.replace('final_rms', 'final-only rms')
     named = ['seed', 'supervision', 'readout']
     if readout == 'alpha':
@@ -638,16 +637,11 @@ class PlotConfig:
 
 
 def measure(path: Path, cfg: PlotConfig) -> dict:
-    """All that is shown of a run. UserError: it is too young, damaged or foreign."""
-    log = read_log(path / 'log.jsonl')
-    if cfg.out.endswith('.gif'):
-        try:
-            run = TrainConfig(**log[0])
-        except (TypeError, ValueError) as e:
-            raise UserError(f'{path / "log.jsonl"} has other flags than this train.py ({e})') from e
-        return describe(run, log[-1].get('iter', 0), log)
+    """All that is shown of a run. UserError: it is damaged or foreign, or has no evaluation."""
     model, run, state = load_checkpoint(path / 'ckpt.pt')
-    result = describe(run, state['iter'], log)
+    result = describe(run, state['iter'], state['log'][1:])  # the first line has the flags
+    if cfg.out.endswith('.gif'):
+        return result
     device = pick_device(cfg.device, run.n_embd)
     tokens, _ = load_tokens(run, state['corpus'])
     batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
@@ -666,7 +660,7 @@ def main(argv):
     out, start = Path(cfg.out).expanduser(), time.time()
     pick_device(cfg.device)  # a mistake in it ends here, and not once per run
     paths = [Path(p).expanduser() for p in typed['runs']]
-    paths = paths or sorted(log.parent for log in Path('out').glob('*/log.jsonl'))
+    paths = paths or sorted(path.parent for path in Path('out').glob('*/ckpt.pt'))
     if not paths:
         raise UserError('no runs under out/: train some first, such as python train.py --readout=rms')
 

@@ -64,6 +64,7 @@ def likeliest(model: LoopedGPT, encoding, idx: torch.Tensor, depths: list[int]):
         print(row)
 
 
+@torch.no_grad()
 def sample(model: LoopedGPT, encoding, idx: torch.Tensor, depth: int, cfg: SampleConfig, seed: int):
     """Print one continuation as it is made, and below it the norm of its last state; the speed on stderr."""
     torch.manual_seed(seed)
@@ -90,10 +91,10 @@ def main(argv):
     encoding = get_tokenizer(trained.vocab_size)
     prompt = read_prompt(cfg.prompt)
     idx = torch.tensor([encoding.encode(prompt, disallowed_special=())], device=device)
-    K = cfg.loops or model.cfg.loops
-    depths = [K]
+    asked = cfg.loops or model.cfg.loops
+    depths = [asked]
     if cfg.every_depth:
-        depths = sorted({2 ** i for i in range(K.bit_length())} | {K, 2 * K})
+        depths = sorted({2 ** i for i in range(asked.bit_length())} | {asked, 2 * asked})
         likeliest(model, encoding, idx, depths)
         print(f'\nand how the text goes on, each depth from seed {cfg.seed}:\n')
     for depth in depths:

@@ -4,7 +4,7 @@ Train a looped language model on the CPU of a laptop, on one GPU or on several.
     python train.py --readout=rms --loops=8
     torchrun --standalone --nproc_per_node=4 train.py --gradient_accumulation_steps=4
 
-A run is a folder: log.jsonl (the flags, then one line per logged step or evaluation) and ckpt.pt.
+A run is a folder: ckpt.pt, and log.jsonl (the flags, then one line per logged step or evaluation).
 """
 
 import argparse
@@ -21,7 +21,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from looped import LoopedConfig, LoopedGPT, flag
 class TrainConfig(LoopedConfig):
     """Every flag of train.py: the model's, then these."""
     dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
-    init_from: str = flag('', 'folder of a run whose weights and flags this one starts from', resume=False)
+    init_from: str = flag('', 'folder of a run whose weights and flags this one starts from')
     batch_size: int = flag(8, 'sequences per micro-step', low=1, high=2 ** 20)
     gradient_accumulation_steps: int = flag(1, 'micro-steps per update, over all processes', low=1)
     max_iters: int = flag(1600, 'updates in all', low=1)
@@ -71,18 +71,18 @@ class TrainConfig(LoopedConfig):
 class FlagParser(argparse.ArgumentParser):
     """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
 
-    def __init__(self, config, about: str):
+    def __init__(self, config_class, about: str):
         super().__init__(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-        self.config = config
+        self.config_class = config_class
         self.switches = []  # --resume is --resume=True
-        types, defaults, groups = get_type_hints(config), config(), {}
-        for f in fields(config):
+        types, defaults, groups = get_type_hints(config_class), config_class(), {}
+        for f in fields(config_class):
             kind, rules = types[f.name], f.metadata
             choices = rules.get('choices') or ()
             title = 'flags'
             if f.name in LoopedConfig.__dataclass_fields__:
                 title = 'model'
-            elif issubclass(config, LoopedConfig):
+            elif issubclass(config_class, LoopedConfig):
                 title = 'training' if rules.get('result', True) else 'machine and output'
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
@@ -110,9 +110,9 @@ class FlagParser(argparse.ArgumentParser):
             alone = word in self.switches and following.lower() not in ('true', 'false', 'auto')
             words.append(f'{word}=True' if alone else word)
         typed = vars(self.parse_args(words))
-        flags = {f.name: typed[f.name] for f in fields(self.config) if f.name in typed}
+        flags = {f.name: typed[f.name] for f in fields(self.config_class) if f.name in typed}
         try:
-            return self.config(**flags), typed
+            return self.config_class(**flags), typed
         except ValueError as e:
             self.error(f'--{e}')
 
@@ -136,6 +136,8 @@ def one_line_errors(main):
         except UserError as e:
             message = ' '.join(str(e).split())
             code = f'{Path(main.__code__.co_filename).name}: {message[:600]}'
+            if os.environ.get('RANK', '0') != '0':
+                code = 1  # of several processes, the first one says it
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:  # python sample.py ... | head -1
@@ -150,7 +152,7 @@ def say(line: str):
     """Print a line. Where nobody reads any more, training goes on: Ctrl-C has ended `| tee log`, too."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = open(os.devnull, 'w')
 
 
@@ -163,7 +165,7 @@ def pick_device(name: str, n_embd: int = 0) -> torch.device:
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     if name.startswith('mps') and not mps_is_right:
         raise UserError('--device=mps needs torch 2.13, before which attention there is wrong: --device=cpu')
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
+    if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         torch.zeros(1, device=name).item()
@@ -186,7 +188,7 @@ def load_tokens(cfg: TrainConfig, corpus: str | None = None) -> tuple[dict, dict
     folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
     meta = read_meta(folder)
     if corpus not in (None, meta['hash']):
-        raise UserError(f'{cfg.dataset} is not the text that this run was trained on: it was edited, or is of '
+        raise UserError(f'{cfg.dataset} is not the text that this run was trained on: it was edited, is of '
                         f'another Python, or the text has moved (then --dataset= says where it is)')
     tokens = {split: np.memmap(folder / f'{split}.bin', np.uint16, 'r') for split in ('train', 'val')}
     return tokens, meta
@@ -221,7 +223,7 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 
 @torch.no_grad()
-def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, stop=()) -> dict:
+def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, signals=()) -> dict:
     """Means over cfg.eval_iters batches per split, over one if a stop is asked for; the norms are of val."""
     model.eval()
     line = {}
@@ -232,7 +234,7 @@ def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, stop=(
                 out = model(idx, targets)
             losses.append(out.losses)
             norms.append(out.norms)
-            if stop:
+            if signals:
                 break
         line[f'{split}_losses'] = torch.stack(losses).mean(0).tolist()
     line['norms'] = torch.stack(norms).mean(0).tolist()
@@ -303,13 +305,10 @@ def claim(out_dir: Path, cfg: TrainConfig):
         raise UserError(f'another process trains in {out_dir}: wait for it, or give another --out_dir') from e
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: nothing is locked
-    saved = (out_dir / 'ckpt.pt').exists()
-    logged = (out_dir / 'log.jsonl').exists()
-    if saved and not cfg.resume and not cfg.overwrite:
+    holds_run = (out_dir / 'ckpt.pt').exists() or (out_dir / 'log.jsonl').exists()
+    if holds_run and not cfg.resume and not cfg.overwrite:
         raise UserError(f'{out_dir} holds a run: --resume continues it, --overwrite replaces it, or give '
                         f'another --out_dir')
-    if logged and not saved and not cfg.overwrite:
-        raise UserError(f'{out_dir} holds a run that has saved no checkpoint: --overwrite replaces it')
     return lock
 
 
@@ -327,33 +326,18 @@ def write_file(path: Path, data: bytes):
         raise UserError(f'could not write {path} ({e.strerror}); what was saved before stays') from e
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl. UserError: one that train.py did not write."""
-    try:
-        lines = [json.loads(text) for text in path.read_bytes().splitlines()]
-        valid = isinstance(lines[0]['loops'], int) and all(isinstance(x['iter'], int) for x in lines[1:])
-    except OSError as e:
-        raise UserError(f'could not read {path} ({e.strerror})') from e
-    except (ValueError, TypeError, LookupError, RecursionError):
-        valid = False
-    if not valid:
-        raise UserError(f'{path} has a line that is not of train.py: mend it, or move the file away')
-    return lines
-
-
 def save(out_dir: Path, log: list[dict], model, optimizer, it: int, cfg: TrainConfig, corpus: str):
-    """The log first: whenever the process is killed, it tells what led to the checkpoint beside it."""
-    if it == 0:
-        (out_dir / 'ckpt.pt').unlink(missing_ok=True)  # --overwrite: the old run ends here
-    write_file(out_dir / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log).encode())
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg),
-                 corpus=corpus)  # tensors and plain values only, so that it loads without running code
+    """Tensors and plain values only, so that the checkpoint loads without running code. It has the log, too:
+    one file, replaced at once, is the whole run, and log.jsonl is a copy of its log to read."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it, log=log,
+                 config=asdict(cfg), corpus=corpus)
     buffer = io.BytesIO()
     torch.save(state, buffer)  # so that what can go wrong below is the disk alone
     write_file(out_dir / 'ckpt.pt', buffer.getbuffer())
+    write_file(out_dir / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log).encode())
 
 
-def fresh(saved: dict, like: dict) -> dict:
+def copy_like(saved: dict, like: dict) -> dict:
     """Copies of tensors from a file, in the shapes, strides and dtypes of `like`. ValueError: no fit."""
     missing, unexpected = sorted(like.keys() - saved.keys()), sorted(saved.keys() - like.keys())
     if missing or unexpected:
@@ -374,8 +358,10 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
         saved = TrainConfig(**state['config'])
         cfg = replace(saved, **{'resume': False, 'overwrite': False, **(given or {})})
         weights, it = dict(state['model']), state['iter']
-        if not isinstance(it, int) or not 0 <= it <= 10 ** 9:
-            raise ValueError(f'iter is {it!r}')
+        log = list(state.setdefault('log', []))
+        state.setdefault('corpus', None)
+        if not isinstance(it, int) or not 0 <= it <= 10 ** 9 or not all('iter' in line for line in log[1:]):
+            raise ValueError(f'iter is {it!r}, with a log of {len(log)} lines')
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained') from e
     except OSError as e:
@@ -384,10 +370,13 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
         reason = 'not a file of train.py' if 'weights_only' in str(e) else f'{type(e).__name__}: {e}'
         raise UserError(f'{path} cannot be read by this train.py and flags ({reason})') from e
     state['changed'] = result_flags(cfg, saved)
+    for name in state['changed']:
+        if not TrainConfig.__dataclass_fields__[name].metadata.get('resume', True):
+            raise UserError(f'--{name} acts on fresh weights alone: leave it out, or start from none')
     with torch.device('meta'):  # shapes without memory, as the flags of a foreign file may say anything
         expected = LoopedGPT(cfg).state_dict()
     try:
-        weights = fresh(weights, expected)
+        weights = copy_like(weights, expected)
     except ValueError as e:
         raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
     model = LoopedGPT(cfg).eval()
@@ -405,7 +394,9 @@ def load_optimizer(optimizer, cfg: TrainConfig, state: dict, path: Path):
     example.step()
     expected = example.state_dict()['state']
     try:
-        moments = {i: fresh(saved, expected[i]) for i, saved in state['optimizer']['state'].items()}
+        moments = {i: copy_like(saved, expected[i]) for i, saved in state['optimizer']['state'].items()}
+        if state['iter'] and not moments:
+            raise ValueError('there are none')
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f'{path} does not hold the moments of this optimizer ({e}): --init_from takes its '
                         f'weights alone') from e
@@ -434,7 +425,7 @@ FIRST_STEP_ADVICE = {  # by what the error says
 
 def try_step(model: LoopedGPT, idx, targets, autocast):
     """One step whose gradient is thrown away. What is compiled is compiled here, and not in the first timed
-    step, and what does not fit fails here, before anything on disk has changed. UserError, with advice."""
+    step, and what does not fit fails here, before the run's files change. UserError, with advice."""
     try:
         with autocast:
             out = model(idx, targets)
@@ -451,18 +442,19 @@ def try_step(model: LoopedGPT, idx, targets, autocast):
 @contextmanager
 def stop_signals():
     """The list of signals that have come. Ctrl-C or SIGTERM asks for a stop; a second one is not caught."""
-    asked, before = [], {}
+    signals, before = [], {}
 
     def ask(signum, frame):
-        asked.append(signum)
+        signals.append(signum)
         for s in before:
             signal.signal(s, signal.SIG_DFL)
-        os.write(2, b'stopping and saving (once more: at once, without saving)\n')
+        with suppress(OSError):  # the same Ctrl-C has ended the reader of `2>&1 | tee log`
+            os.write(2, b'stopping and saving (once more: at once, without saving)\n')
 
     for s in (signal.SIGINT, signal.SIGTERM):
         before[s] = signal.signal(s, ask)
     try:
-        yield asked
+        yield signals
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -493,24 +485,21 @@ def train(cfg: TrainConfig, given: dict) -> int:
         sys.stdout = open(os.devnull, 'w')
 
     # What to go on from: nothing, the run in out_dir, or the weights of another run
-    if cfg.resume and cfg.overwrite:
-        raise UserError('--resume continues a run and --overwrite replaces it: give one of them')
+    if cfg.resume and (cfg.overwrite or cfg.init_from):
+        raise UserError('--resume continues the run in --out_dir: leave out --overwrite and --init_from')
     if cfg.init_from == 'resume':
         raise UserError('--init_from takes the folder of a run; --resume continues the run in --out_dir')
-    model, state, start, changed = None, None, 0, {}
-    if cfg.init_from and not cfg.resume:
+    model, state, start, changed, lock = None, None, 0, {}, None
+    if cfg.init_from:
         path = Path(cfg.init_from).expanduser() / 'ckpt.pt'
-        model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})
-    out_dir, lock = run_folder(cfg), None
-    log_path, ckpt_path = out_dir / 'log.jsonl', out_dir / 'ckpt.pt'
+        model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})  # '': a folder of its own
+    out_dir = run_folder(cfg)
+    ckpt_path = out_dir / 'ckpt.pt'
     if first and os.path.exists(out_dir):
         lock = claim(out_dir, cfg)  # before its checkpoint is read, and held to the end
     if cfg.resume:
         model, cfg, state = load_checkpoint(ckpt_path, given)
         start, changed = state['iter'], state['changed']
-        for name in changed:
-            if not TrainConfig.__dataclass_fields__[name].metadata.get('resume', True):
-                raise UserError(f'--{name} acts at the start of a run: leave it out, or start another')
 
     # Device and precision
     device = pick_device(cfg.device, cfg.n_embd)
@@ -556,35 +545,35 @@ def train(cfg: TrainConfig, given: dict) -> int:
         compiled = cuda and importlib.util.find_spec('triton') is not None
     if compiled:
         model.compile_regions()
-    try_step(model, *get_batch(tokens['train'], cfg, start, rank, device), autocast)
+    try_step(model, *get_batch(tokens['train'], cfg, start, 0, device), autocast)
 
-    # The folder, and what its log says up to here; both change when there is something new to save
+    # The folder, and its log; what is there changes when there is something new to save
     if first:
         lock = lock or claim(out_dir, cfg)
     log = [asdict(cfg)]
-    if cfg.resume and log_path.exists():
-        for line in read_log(log_path)[1:]:
-            if line['iter'] < start or line['iter'] == start and 'changed' not in line:
-                log.append(line)
+    if state:
+        log += state['log'][1:]
     if changed:
         log.append(dict(iter=start, changed=changed))
+    evaluated = [x['iter'] for x in log if 'val_losses' in x]
     parameters = sum(p.numel() for p in model.parameters())
     how = 'compiled' if compiled else 'eager'
     say(f'{parameters:,} parameters, {meta["tokens"]["train"]:,} training tokens; '
         f'{world} x {device}, {dtype}, {how}; run folder {out_dir}')
 
     # The loop
-    it, micro_steps = start, cfg.gradient_accumulation_steps // world
-    with stop_signals() as asked:
+    it, share = start, cfg.gradient_accumulation_steps // world
+    with stop_signals() as signals:
         while True:
             # evaluate and save
-            stop = agree(max(asked, default=0), world)  # so that all stop before the same step
+            stop = agree(max(signals, default=0), world)  # so that all stop before the same step
             if stop or it % cfg.eval_interval == 0 or it in (start, cfg.max_iters):
-                line = evaluate(model, cfg, tokens, meta, autocast, asked) if first else {}
-                stop = agree(max(asked, default=0), world)
+                line = evaluate(model, cfg, tokens, meta, autocast, signals) if first else {}
+                stop = agree(max(signals, default=0), world)  # what came meanwhile has cut it short
                 if first:
                     check_finite(line['val_losses'] + line['norms'], it, start, ckpt_path)
-                    new = it > start or not cfg.resume  # a resume begins with what is saved already
+                    # where a resume begins, all is saved already, or not yet the doing of the changed flags
+                    new = it > start or not (changed or it in evaluated)
                     if not stop:
                         report_evaluation(line, it, cfg)
                     if new and not stop:
@@ -604,9 +593,9 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 idx, targets = get_batch(tokens['train'], cfg, it, micro_step, device)
                 with autocast:
                     out = model(idx, targets)
-                (out.loss / micro_steps).backward()
-                loss = loss + out.loss.detach() / micro_steps
-                norms = norms + out.norms / micro_steps
+                (out.loss / share).backward()
+                loss = loss + out.loss.detach() / share
+                norms = norms + out.norms / share
             if world > 1:
                 # Why not DistributedDataParallel: looped weights have their whole gradient only when backward
                 # ends, so there is nothing that their exchange could overlap with.

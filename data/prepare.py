@@ -188,7 +188,7 @@ def documents(dataset: str, files: list[Path], hash_: str, temporary: str) -> It
         for i, path in enumerate(files):
             if len(files) >= 20:
                 val_start = 0 if i % 20 == 19 else math.inf
-            else:  # about the last tenth: the split that the README's numbers were measured on
+            else:  # about the last tenth
                 size = path.stat().st_size
                 val_start = size - max(1, size // 50 * 6)
             yield from read(path, files[0], val_start, digest)
