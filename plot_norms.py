@@ -127,7 +127,7 @@ def loss_gradient(model, idx, targets):
             before = states[k - 2].detach().requires_grad_()
             with torch.enable_grad():
                 after = model.step(before, h_0, k)
-            later, = torch.autograd.grad(after, before, g)
+            later, = torch.autograd.grad(after, before, g, allow_unused=True, materialize_grads=True)
     bound = torch.arange(K - 1, -1, -1, device=idx.device) / mean_norms(states)
     bound = bound * whole[0] / bound[0]
     return dict(whole=torch.stack(whole), signed=torch.stack(signed), own=torch.stack(own), bound=bound)
