@@ -90,7 +90,7 @@ def flag(default, help: str, choices=(), low=0, high=None, result=True, resume=T
 class LoopedConfig:
     """Everything that makes a model. ValueError names the field, its value and what is allowed."""
     block_size: int = flag(64, 'context length in tokens', low=1, high=2 ** 20)
-    vocab_size: int = flag(256, '256 is bytes; 257 to 50257 is that much of the GPT-2 BPE', low=1, high=50257)
+    vocab_size: int = flag(256, '256 is bytes; 257 to 50257 is that much of the GPT-2 BPE', low=1)
     n_layer: int = flag(2, 'blocks in the stack that is looped', low=1, high=1000)
     n_head: int = flag(4, 'attention heads', low=1, high=2 ** 16)
     n_embd: int = flag(64, 'channels of the state', low=1, high=2 ** 16)

@@ -26,6 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
+if sys.version_info < (3, 10):
+    sys.exit('Python 3.10 or newer is needed')
+
 import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public

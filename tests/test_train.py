@@ -704,7 +704,8 @@ def test_a_log_whose_checkpoint_was_deleted_to_make_room_is_not_lost(run, traine
     (['--dataset=short.txt'], ['short.txt', 'at least 17', 'block_size + 1']),
     *(([f'--device={name}'], [f'--device={name}', '--device=auto'])
       for name in ('cuda:77', 'toaster', 'meta', 'hpu', 'xla', 'cpu:-1')),
-    (['--vocab_size=100'], ['100', '256', '257 to 50257']),
+    (['--vocab_size=100'], ['256 (bytes) or 257 to 50257', 'got 100']),
+    (['--vocab_size=50258'], ['256 (bytes) or 257 to 50257', 'got 50258']),
     (['--out_dir=text.txt'], ['text.txt cannot hold a run (File exists): give another --out_dir']),
     (['--out_dir=' + 'x' * 300], ['File name too long', 'give another --out_dir']),
     (['--resume'], ['no checkpoint', 'ckpt.pt', 'has been trained'])], ids=lambda x: ' '.join(x)[:40])
@@ -1032,6 +1033,13 @@ train.main(sys.argv[1:])
     wait_for(process, 'a long call')
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == -signal.SIGINT and 'Traceback' not in process.stderr.read()
+
+
+@pytest.mark.parametrize('program', ['train.py', 'sample.py', 'plot_norms.py', 'data/prepare.py'])
+def test_an_older_python_is_told_which_one_is_needed(clone, program):
+    process = clone('-c', 'import runpy, sys; sys.version_info = (3, 9, 1); sys.path.insert(0, "."); '
+                          f'runpy.run_path({program!r}, run_name="__main__")')
+    assert process.communicate(timeout=60)[1].splitlines()[-1] == 'Python 3.10 or newer is needed'
 
 
 def test_nothing_that_windows_lacks_is_imported_at_the_top():
