@@ -1003,9 +1003,8 @@ def test_of_two_trainers_in_one_folder_the_second_gets_a_line(run, workplace, cl
 def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
     process = clone('train.py', *TEXT, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=r')
     wait_for(process, 'iter')
-    if reader == 'leaves':  # python train.py 2>&1 | tee log: the same Ctrl-C ends tee
+    if reader == 'leaves':  # python train.py | tee log: the same Ctrl-C ends tee
         process.stdout.close()
-        process.stderr.close()
     process.send_signal(signum)
     assert process.wait(120) == 128 + signum
     iteration = checkpoint(clone.folder / 'r')['iter']
@@ -1013,6 +1012,17 @@ def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
         assert f'stopped at iteration {iteration};' in process.stdout.read()
         assert process.stderr.read() == 'stopping and saving (once more: at once, without saving)\n'
     assert log(clone.folder / 'r')[-1]['iter'] == iteration > 0
+
+
+@posix
+def test_ctrl_c_saves_where_it_has_ended_the_reader_of_stderr_too(run, workplace, monkeypatch):
+    """python train.py 2>&1 | tee log"""
+    def closed(*args):
+        raise BrokenPipeError
+    interrupt(monkeypatch, 'get_batch', 4)
+    monkeypatch.setattr(os, 'write', closed)
+    assert run(main, *TEXT, '--out_dir=r')[0] == 130
+    assert checkpoint(workplace / 'r')['iter'] == 3
 
 
 @posix
