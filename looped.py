@@ -270,7 +270,7 @@ class LoopedGPT(nn.Module):
         plus norm_penalty times the mean of h². The last loop that runs is read through the last exit. Targets
         of -100 are not counted. ValueError: targets of another shape than idx."""
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f'targets must have the shape {list(idx.shape)}, as idx, got {list(targets.shape)}')
+            raise ValueError(f'targets must have the shape {list(idx.shape)} of idx, not {list(targets.shape)}')
         states = self.states(idx, loops)
         norms = torch.stack([h.detach().float().norm(dim=-1).mean() for h in states])
         if targets is None:
