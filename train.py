@@ -572,7 +572,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 stop = agree(max(signals, default=0), world)  # what came meanwhile has cut it short
                 if first:
                     check_finite(line['val_losses'] + line['norms'], it, start, ckpt_path)
-                    # where a resume begins, all is saved already, or not yet the doing of the changed flags
+                    # a resume begins with nothing new, but where Ctrl-C had cut this evaluation short
                     new = it > start or not (changed or it in evaluated)
                     if not stop:
                         report_evaluation(line, it, cfg)
@@ -624,10 +624,13 @@ def train(cfg: TrainConfig, given: dict) -> int:
     if stop:
         folder = shlex.quote(str(out_dir))
         say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={folder}')
+    code = 128 + stop if stop else 0
     if world > 1:
         agree(0, world)  # no process leaves while another still talks to it
         dist.destroy_process_group()
-    return 128 + stop if stop else 0
+        # at once: gloo's threads may hold tensors, and then abort Python's own way out (pytorch issue 179291)
+        os._exit(code)
+    return code
 
 
 def report_evaluation(line: dict, it: int, cfg: TrainConfig):

@@ -47,7 +47,8 @@ def wait(pid: int):
 def lines(folder: Path) -> list:
     """What was logged, without what may differ: the flags, the changes, the time."""
     log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()[1:]]
-    return [{key: value for key, value in line.items() if key != 'ms'} for line in log if 'changed' not in line]
+    steps = [line for line in log if 'changed' not in line]
+    return [{key: value for key, value in line.items() if key != 'ms'} for line in steps]
 
 
 def main(seed: int):
