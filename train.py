@@ -10,14 +10,11 @@ A run is a folder: ckpt.pt, and log.jsonl (the flags, then one line per logged s
 import argparse
 import ast
 import difflib
-import functools
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -25,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -54,7 +50,7 @@ class TrainConfig(LoopedConfig):
     seed: int = flag(1, 'of weights, batches and dropout', high=2 ** 32)
     dtype: str = flag('auto', 'of products; auto: bfloat16 if cuda has it', ('auto', 'float32', 'bfloat16'))
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
-    compile: str = flag('auto', 'torch.compile; auto: on cuda', ('auto', 'True', 'False'), result=False)
+    compile: str = flag('auto', 'torch.compile; auto: cuda on Linux', ('auto', 'True', 'False'), result=False)
     checkpoint_loops: bool = flag(False, 'less memory: compute loops again in backward', result=False)
     out_dir: str = flag('', 'folder of the run; named after the flags if left out', result=False)
     eval_interval: int = flag(200, 'updates between evaluations, which also save', low=1, result=False)
@@ -69,50 +65,41 @@ class TrainConfig(LoopedConfig):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser with a flag for each field of a dataclass. Errors are one line, and name the nearest flag."""
+    """A parser with a flag for each field of a dataclass. A mistake is one line that names the flag."""
 
     def __init__(self, config_class, about: str):
         super().__init__(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
         self.config_class = config_class
-        self.switches = []  # --resume is --resume=True
-        types, defaults, groups = get_type_hints(config_class), config_class(), {}
+        defaults = config_class()
+        model, training, machine = map(self.add_argument_group, ('model', 'training', 'machine and output'))
         for f in fields(config_class):
-            kind, rules = types[f.name], f.metadata
-            choices = rules.get('choices') or ()
-            title = 'flags'
-            if f.name in LoopedConfig.__dataclass_fields__:
-                title = 'model'
-            elif issubclass(config_class, LoopedConfig):
-                title = 'training' if rules.get('result', True) else 'machine and output'
-            if title not in groups:
-                groups[title] = self.add_argument_group(title)
-            metavar = getattr(kind, '__name__', str(kind)).upper()
-            if choices:
-                metavar = '{' + ','.join(choices) + '}'
-            if kind is bool or 'True' in choices:
-                self.switches.append(f'--{f.name}')
-            groups[title].add_argument(
-                f'--{f.name}', metavar=metavar, default=argparse.SUPPRESS,
-                type=kind if kind in (int, float, str) else literal,
-                help=f'{rules.get("help", "")} (default: {getattr(defaults, f.name)!r})'.replace('%', '%%'))
+            group = self  # of sample.py and plot_norms.py
+            if issubclass(config_class, TrainConfig):
+                group = training if f.metadata.get('result', True) else machine
+                if f.name in LoopedConfig.__dataclass_fields__:
+                    group = model
+            kind = f.type if f.type in (int, float, str) else literal
+            choices = f.metadata.get('choices') or None
+            metavar = None if choices else getattr(f.type, '__name__', 'value').upper()
+            alone = dict(nargs='?', const=True) if f.type is bool else {}  # --resume is --resume=True
+            text = f'{f.metadata.get("help", "")} (default: {getattr(defaults, f.name)!r})'
+            group.add_argument(f'--{f.name}', type=kind, choices=choices, metavar=metavar, **alone,
+                               default=argparse.SUPPRESS, help=text.replace('%', '%%'))
 
     def error(self, message: str):
-        unknown = re.search('unrecognized arguments: ([^ =]+)', message)
-        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
-        if near:
-            message += f'; did you mean {near[0]}?'
         self.exit(2, f'{self.prog}: {message} (see --help)\n')
 
-    def parse(self, argv: list[str]):
-        """(the config, the dict of what was typed). Exits with 2 where a value is not allowed."""
-        words = []
-        for word, following in zip(argv, [*argv[1:], '']):
-            alone = word in self.switches and following.lower() not in ('true', 'false', 'auto')
-            words.append(f'{word}=True' if alone else word)
-        typed = vars(self.parse_args(words))
-        flags = {f.name: typed[f.name] for f in fields(self.config_class) if f.name in typed}
+    def parse(self, argv: list[str] | None):
+        """(the config, the dict of what was typed). Exits with 2 where a flag or its value is not allowed."""
+        typed, unknown = self.parse_known_args(argv)
+        names = [f.name for f in fields(self.config_class)]
+        if unknown:
+            name = unknown[0].split('=')[0].strip('-')
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+            self.error(f'{unknown[0]} is no flag; did you mean --{near}?')
+        typed = vars(typed)
         try:
-            return self.config_class(**flags), typed
+            return self.config_class(**{name: typed[name] for name in names if name in typed}), typed
         except ValueError as e:
             self.error(f'--{e}')
 
@@ -120,22 +107,21 @@ class FlagParser(argparse.ArgumentParser):
 def literal(text: str):
     """True, None, (1, 2): the value of a flag that is no int, float or str; or else the text itself."""
     try:
-        return ast.literal_eval(text.capitalize() if text in ('true', 'false') else text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
 def one_line_errors(main):
     """Decorates main(argv): a user's mistake is one line and exit code 1, a bug keeps its traceback."""
-    @functools.wraps(main)
     def program(argv=None):
-        if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has none
+        with suppress(AttributeError):  # a notebook's stdout can do nothing but write
             sys.stdout.reconfigure(errors='replace')  # for a terminal that is not UTF-8
         try:
-            code = main(sys.argv[1:] if argv is None else argv)
+            code = main(argv)
         except UserError as e:
-            message = ' '.join(str(e).split())
-            code = f'{Path(main.__code__.co_filename).name}: {message[:600]}'
+            message = ' '.join(str(e).split())[:600]
+            code = f'{Path(main.__code__.co_filename).name}: {message}'
             if os.environ.get('RANK', '0') != '0':
                 code = 1  # of several processes, the first one says it
         except KeyboardInterrupt:
@@ -158,13 +144,12 @@ def say(line: str):
 
 def pick_device(name: str, n_embd: int = 0) -> torch.device:
     """'auto' is CUDA, then MPS, then the CPU. UserError for a device that is not here."""
-    version = tuple(int(x) for x in re.findall(r'\d+', torch.__version__)[:2])
-    mps_is_right = version >= (2, 13)  # before, attention there is wrong (pytorch issues 195910, 163597)
+    mps_is_right = torch.__version__ >= (2, 13)  # before, attention there is wrong (pytorch issue 195910)
     if name == 'auto':
         mps = torch.backends.mps.is_available() and mps_is_right
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     if name.startswith('mps') and not mps_is_right:
-        raise UserError('--device=mps needs torch 2.13, before which attention there is wrong: --device=cpu')
+        raise UserError('on MPS, attention is wrong before torch 2.13: give --device=cpu')
     if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
@@ -244,6 +229,13 @@ def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, signal
     return line
 
 
+def report_evaluation(line: dict, it: int, cfg: TrainConfig):
+    losses = ' '.join(f'{x:.3f}' for x in line['val_losses'])
+    norms = ' '.join(f'{x:.1f}' for x in line['norms'])
+    say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({line["bpb"]:.3f} bits per byte)\n'
+        f'             state norm, loops 1..{cfg.loops}: {norms}')
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The optimizer
 
@@ -307,8 +299,7 @@ def claim(out_dir: Path, cfg: TrainConfig):
         pass  # Windows, or a file system without locks: nothing is locked
     holds_run = (out_dir / 'ckpt.pt').exists() or (out_dir / 'log.jsonl').exists()
     if holds_run and not cfg.resume and not cfg.overwrite:
-        raise UserError(f'{out_dir} holds a run: --resume continues it, --overwrite replaces it, or give '
-                        f'another --out_dir')
+        raise UserError(f'{out_dir} holds a run: give --resume, --overwrite or another --out_dir')
     return lock
 
 
@@ -337,19 +328,6 @@ def save(out_dir: Path, log: list[dict], model, optimizer, it: int, cfg: TrainCo
     write_file(out_dir / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log).encode())
 
 
-def copy_like(saved: dict, like: dict) -> dict:
-    """Copies of tensors from a file, in the shapes, strides and dtypes of `like`. ValueError: no fit."""
-    missing, unexpected = sorted(like.keys() - saved.keys()), sorted(saved.keys() - like.keys())
-    if missing or unexpected:
-        raise ValueError(f'missing: {", ".join(missing)}; unexpected: {", ".join(unexpected)}')
-    for name, t in saved.items():
-        dense = isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == 'cpu'
-        if not dense or not t.is_floating_point() or t.shape != like[name].shape:
-            is_now = f'of shape {list(t.shape)}' if dense else 'something else'
-            raise ValueError(f'{name} must be a tensor of shape {list(like[name].shape)}, and is {is_now}')
-    return {name: torch.empty_like(x, device='cpu').copy_(saved[name]) for name, x in like.items()}
-
-
 def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, TrainConfig, dict]:
     """What a run saved: the model (on the CPU, in eval mode), its flags with those `given` laid over them,
     and the rest. UserError: missing, damaged, or not of this code and these flags."""
@@ -357,15 +335,10 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
         state = torch.load(path, map_location='cpu', weights_only=True)
         saved = TrainConfig(**state['config'])
         cfg = replace(saved, **{'resume': False, 'overwrite': False, **(given or {})})
-        weights, it = dict(state['model']), state['iter']
-        log = list(state.setdefault('log', []))
-        state.setdefault('corpus', None)
-        if not isinstance(it, int) or not 0 <= it <= 10 ** 9 or not all('iter' in line for line in log[1:]):
-            raise ValueError(f'iter is {it!r}, with a log of {len(log)} lines')
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f'no checkpoint {path} (yet): name the folder of a run that has been trained') from e
+        weights = dict(state['model'])  # plain: torch's own may ask to take tensors instead of copying them
+        state['iter'] = int(state['iter'])
     except OSError as e:
-        raise UserError(f'could not read {path} ({e.strerror})') from e
+        raise UserError(f'no checkpoint {path} ({e.strerror}): name the folder of a trained run') from e
     except Exception as e:  # whatever a foreign file brings, less torch's advice to load it unsafely
         reason = 'not a file of train.py' if 'weights_only' in str(e) else f'{type(e).__name__}: {e}'
         raise UserError(f'{path} cannot be read by this train.py and flags ({reason})') from e
@@ -373,54 +346,39 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
     for name in state['changed']:
         if not TrainConfig.__dataclass_fields__[name].metadata.get('resume', True):
             raise UserError(f'--{name} acts on fresh weights alone: leave it out, or start from none')
-    with torch.device('meta'):  # shapes without memory, as the flags of a foreign file may say anything
-        expected = LoopedGPT(cfg).state_dict()
-    try:
-        weights = copy_like(weights, expected)
-    except ValueError as e:
-        raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
     model = LoopedGPT(cfg).eval()
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(f'{path} does not fit this code and {state["changed"] or "its flags"} ({e})') from e
     return model, cfg, state
 
 
-def load_optimizer(optimizer, cfg: TrainConfig, state: dict, path: Path):
-    """Go on with the moments of a checkpoint. UserError: they are not those of this optimizer."""
-    with torch.device('meta'):
-        twin = LoopedGPT(cfg)
-    example = configure_optimizer(twin, cfg)  # what it holds after a step is what must be there
-    for p in twin.parameters():
-        p.grad = torch.zeros_like(p)
-    example.step()
-    expected = example.state_dict()['state']
+def load_moments(optimizer, state: dict, path: Path):
+    """Go on with the moments of a checkpoint. UserError: they are not those of these parameters."""
     try:
-        moments = {i: copy_like(saved, expected[i]) for i, saved in state['optimizer']['state'].items()}
-        if state['iter'] and not moments:
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
+        if state['iter'] and not optimizer.state:
             raise ValueError('there are none')
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f'{path} does not hold the moments of this optimizer ({e}): --init_from takes its '
-                        f'weights alone') from e
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': moments})
+        for p, moments in optimizer.state.items():
+            for name, t in moments.items():
+                # A fused step trusts shape and strides: a file must not choose where it reads and writes.
+                fresh = torch.empty((), device=t.device) if name == 'step' else torch.empty_like(p)
+                if t.shape != fresh.shape:
+                    raise ValueError(f'{name} of shape {list(t.shape)} for weights of shape {list(p.shape)}')
+                moments[name] = fresh.copy_(t)
+    except Exception as e:  # whatever a foreign file brings
+        raise UserError(f'{path} is of another optimizer ({type(e).__name__}: {e}): try --init_from') from e
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The recipe
 
 
-def check_finite(numbers: list, it: int, start: int, ckpt_path: Path):
+def check_finite(numbers: list, it: int):
     """UserError, before anything is saved, where a loss or a norm is inf or nan."""
-    if all(math.isfinite(x) for x in numbers):
-        return
-    if it == start:
-        raise UserError(f'the loss is not finite at iteration {it}, before any update: the weights are bad')
-    kept = f'{ckpt_path} is the last good checkpoint' if ckpt_path.exists() else 'nothing is saved yet'
-    raise UserError(f'loss or weights are not finite by iteration {it}; {kept}: lower --learning_rate')
-
-
-FIRST_STEP_ADVICE = {  # by what the error says
-    'OutOfMemory|MemoryError|out of memory|allocate memory': 'out of memory in the first step: give a '
-    'smaller --batch_size with more --gradient_accumulation_steps, or --checkpoint_loops',
-    r'C\+\+ compiler|C compiler|cl is not found|Triton': 'torch.compile finds no compiler: --compile=False'}
+    if not all(math.isfinite(x) for x in numbers):
+        raise UserError(f'loss not finite at iteration {it}; what was saved stays: lower --learning_rate')
 
 
 def try_step(model: LoopedGPT, idx, targets, autocast):
@@ -431,10 +389,12 @@ def try_step(model: LoopedGPT, idx, targets, autocast):
             out = model(idx, targets)
         out.loss.backward()
     except (RuntimeError, MemoryError) as e:
-        message = f'{type(e).__name__}: {" ".join(str(e).split())}'
-        for pattern, advice in FIRST_STEP_ADVICE.items():
-            if re.search(pattern, message):
-                raise UserError(f'{advice} ({message[:300]})') from e
+        said = f'{type(e).__name__}: {e}'
+        if re.search('OutOfMemory|MemoryError|out of memory|allocate memory', said):
+            raise UserError(f'out of memory in the first step: give a smaller --batch_size with more '
+                            f'--gradient_accumulation_steps, or --checkpoint_loops ({said})') from e
+        if 'compiler' in said:
+            raise UserError(f'torch.compile does not work here: give --compile=False ({said})') from e
         raise
     model.zero_grad(set_to_none=True)
 
@@ -469,12 +429,6 @@ def agree(number: int, world: int) -> int:
     return int(numbers)
 
 
-def average(tensors: list, world: int):
-    for t in tensors:
-        dist.all_reduce(t)
-        t /= world
-
-
 def train(cfg: TrainConfig, given: dict) -> int:
     """The recipe, top to bottom. `given` is what was typed: with --resume and --init_from, the other flags
     are those of the run that goes on. Gives 0, or 128 + the signal that stopped it."""
@@ -484,46 +438,40 @@ def train(cfg: TrainConfig, given: dict) -> int:
     if not first:
         sys.stdout = open(os.devnull, 'w')
 
-    # What to go on from: nothing, the run in out_dir, or the weights of another run
+    # What to go on from: nothing, the weights of another run, or the run in out_dir
     if cfg.resume and (cfg.overwrite or cfg.init_from):
         raise UserError('--resume continues the run in --out_dir: leave out --overwrite and --init_from')
-    if cfg.init_from == 'resume':
-        raise UserError('--init_from takes the folder of a run; --resume continues the run in --out_dir')
-    model, state, start, changed, lock = None, None, 0, {}, None
+    model, state = None, dict(iter=0, changed={}, log=[], corpus=None)
     if cfg.init_from:
         path = Path(cfg.init_from).expanduser() / 'ckpt.pt'
         model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})  # '': a folder of its own
     out_dir = run_folder(cfg)
-    ckpt_path = out_dir / 'ckpt.pt'
-    if first and os.path.exists(out_dir):
-        lock = claim(out_dir, cfg)  # before its checkpoint is read, and held to the end
+    # a folder that is there is locked before its checkpoint is read, and to the end
+    lock = claim(out_dir, cfg) if first and os.path.exists(out_dir) else None
     if cfg.resume:
-        model, cfg, state = load_checkpoint(ckpt_path, given)
-        start, changed = state['iter'], state['changed']
+        model, cfg, state = load_checkpoint(out_dir / 'ckpt.pt', given)
 
     # Device and precision
     device = pick_device(cfg.device, cfg.n_embd)
     cuda = device.type == 'cuda'
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(f'{world} processes cannot share --gradient_accumulation_steps='
-                        f'{cfg.gradient_accumulation_steps}: give a multiple of {world}')
+    micro_steps = cfg.gradient_accumulation_steps
+    if micro_steps % world:
+        raise UserError(f'{world} processes share --gradient_accumulation_steps: give a multiple of {world}')
     if device.type == 'mps' and cfg.checkpoint_loops and cfg.dropout:
         raise UserError('on MPS, --checkpoint_loops with --dropout gives wrong gradients: leave one out')
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = cfg.dtype
-    if dtype == 'auto':
-        dtype = 'bfloat16' if has_bf16 else 'float32'
-        if cuda and not has_bf16:
-            say('this GPU has no bfloat16 and trains in float32')
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
+    bf16 = cfg.dtype == 'bfloat16' or cfg.dtype == 'auto' and has_bf16
+    if cuda and cfg.dtype == 'auto' and not bf16:
+        say('this GPU has no bfloat16 and trains in float32')
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA
 
     # Data: the first process prepares it, the others wait
     if not first:
         agree(0, world)
-    tokens, meta = load_tokens(cfg, state['corpus'] if state else None)
+    tokens, meta = load_tokens(cfg, state['corpus'])
     if first:
         agree(0, world)
 
@@ -537,12 +485,11 @@ def train(cfg: TrainConfig, given: dict) -> int:
     model.checkpoint_loops = cfg.checkpoint_loops
     model.to(device).train()
     optimizer = configure_optimizer(model, cfg)
-    if state:
-        load_optimizer(optimizer, cfg, state, ckpt_path)
-        say(f'resumed at iteration {start} of {cfg.max_iters}' + (f', changed: {changed}' if changed else ''))
-    compiled = cfg.compile == 'True'
-    if cfg.compile == 'auto':
-        compiled = cuda and importlib.util.find_spec('triton') is not None
+    start, changed = state['iter'], state['changed']
+    if cfg.resume:
+        load_moments(optimizer, state, out_dir / 'ckpt.pt')
+        say(f'resumed at iteration {start} of {cfg.max_iters}, changed flags: {changed or "none"}')
+    compiled = cfg.compile == 'True' or cfg.compile == 'auto' and cuda and sys.platform == 'linux'
     if compiled:
         model.compile_regions()
     try_step(model, *get_batch(tokens['train'], cfg, start, 0, device), autocast)
@@ -550,36 +497,32 @@ def train(cfg: TrainConfig, given: dict) -> int:
     # The folder, and its log; what is there changes when there is something new to save
     if first:
         lock = lock or claim(out_dir, cfg)
-    log = [asdict(cfg)]
-    if state:
-        log += state['log'][1:]
+    log = [asdict(cfg), *state['log'][1:]]
     if changed:
         log.append(dict(iter=start, changed=changed))
-    evaluated = [x['iter'] for x in log if 'val_losses' in x]
+    evaluated = [line['iter'] for line in log if 'val_losses' in line]
     parameters = sum(p.numel() for p in model.parameters())
-    how = 'compiled' if compiled else 'eager'
-    say(f'{parameters:,} parameters, {meta["tokens"]["train"]:,} training tokens; '
-        f'{world} x {device}, {dtype}, {how}; run folder {out_dir}')
+    say(f'{parameters:,} parameters, {meta["tokens"]["train"]:,} training tokens; {world} x {device}, '
+        f'{"bfloat16" if bf16 else "float32"}, {"compiled" if compiled else "eager"}; run folder {out_dir}')
 
     # The loop
-    it, share = start, cfg.gradient_accumulation_steps // world
+    it = start
     with stop_signals() as signals:
         while True:
             # evaluate and save
             stop = agree(max(signals, default=0), world)  # so that all stop before the same step
             if stop or it % cfg.eval_interval == 0 or it in (start, cfg.max_iters):
-                line = evaluate(model, cfg, tokens, meta, autocast, signals) if first else {}
+                line = evaluate(model, cfg, tokens, meta, autocast, signals)
                 stop = agree(max(signals, default=0), world)  # what came meanwhile has cut it short
-                if first:
-                    check_finite(line['val_losses'] + line['norms'], it, start, ckpt_path)
-                    # a resume begins with nothing new, but where Ctrl-C had cut this evaluation short
-                    new = it > start or not (changed or it in evaluated)
-                    if not stop:
-                        report_evaluation(line, it, cfg)
-                    if new and not stop:
-                        log.append(dict(iter=it, **line))
-                    if new:
-                        save(out_dir, log, model, optimizer, it, cfg, meta['hash'])
+                check_finite(line['val_losses'] + line['norms'], it)
+                # a resume begins with nothing new, but where Ctrl-C had cut this evaluation short
+                new = it > start or not (changed or it in evaluated)
+                if not stop:
+                    report_evaluation(line, it, cfg)
+                if new and not stop:
+                    log.append(dict(iter=it, **line))
+                if new and first:
+                    save(out_dir, log, model, optimizer, it, cfg, meta['hash'])
                 clock, clocked = time.perf_counter(), it
             if stop or it >= cfg.max_iters:
                 break
@@ -589,17 +532,19 @@ def train(cfg: TrainConfig, given: dict) -> int:
             for group in optimizer.param_groups:
                 group['lr'] = lr
             loss, norms = 0.0, 0.0
-            for micro_step in range(rank, cfg.gradient_accumulation_steps, world):
+            for micro_step in range(rank, micro_steps, world):
                 idx, targets = get_batch(tokens['train'], cfg, it, micro_step, device)
                 with autocast:
                     out = model(idx, targets)
-                (out.loss / share).backward()
-                loss = loss + out.loss.detach() / share
-                norms = norms + out.norms / share
+                (out.loss / micro_steps).backward()
+                loss = loss + out.loss.detach() / micro_steps
+                norms = norms + out.norms / micro_steps
             if world > 1:
                 # Why not DistributedDataParallel: looped weights have their whole gradient only when backward
                 # ends, so there is nothing that their exchange could overlap with.
-                average([p.grad for p in model.parameters() if p.grad is not None], world)
+                for p in model.parameters():
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad)  # the sum
             if cfg.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
             optimizer.step()
@@ -609,12 +554,13 @@ def train(cfg: TrainConfig, given: dict) -> int:
             # log
             if it % cfg.log_interval == 0 or it == cfg.max_iters:
                 if world > 1:
-                    average([loss, norms], world)
+                    dist.all_reduce(loss)
+                    dist.all_reduce(norms)
                 loss, norms = loss.item(), norms.tolist()  # in a step, only this waits for the device
-                check_finite([loss, *norms], it, start, ckpt_path)
+                check_finite([loss, *norms], it)
                 seconds = (time.perf_counter() - clock) / (it - clocked)
                 clock, clocked = time.perf_counter(), it
-                rate = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size / seconds
+                rate = cfg.batch_size * micro_steps * cfg.block_size / seconds
                 left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
                 work = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
                 say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
@@ -622,8 +568,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 log.append(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3))
 
     if stop:
-        folder = shlex.quote(str(out_dir))
-        say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir={folder}')
+        say(f'stopped at iteration {it}; go on with: python train.py --resume --out_dir="{out_dir}"')
     code = 128 + stop if stop else 0
     if world > 1:
         agree(0, world)  # no process leaves while another still talks to it
@@ -631,13 +576,6 @@ def train(cfg: TrainConfig, given: dict) -> int:
         # at once: gloo's threads may hold tensors, and then abort Python's own way out (pytorch issue 179291)
         os._exit(code)
     return code
-
-
-def report_evaluation(line: dict, it: int, cfg: TrainConfig):
-    losses = ' '.join(f'{x:.3f}' for x in line['val_losses'])
-    norms = ' '.join(f'{x:.1f}' for x in line['norms'])
-    say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({line["bpb"]:.3f} bits per byte)\n'
-        f'             state norm, loops 1..{cfg.loops}: {norms}')
 
 
 @one_line_errors

@@ -29,13 +29,12 @@ def test_one_line_samples_at_a_depth(trained):
     assert err.count('tokens per second') == 3
 
 
-def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained, run):
+def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained):
     _, out, _ = trained('--prompt=line', '--every_depth', '--temperature=1')
     assert [x.split()[1] for x in out.splitlines() if x.startswith('--- ')] == ['1', '2', '4', '8']
     texts = out.split('--- ')
     assert len(set(t.split('\n\n')[-1] for t in texts[:-1])) > 1  # depth makes a difference
     assert 'each depth from seed 1' in out
-    assert run(sample.main, '--every_depth', 'r', '--device=cpu', '--max_new_tokens=1')[0] == 0  # any order
 
 
 def test_every_depth_begins_with_the_five_likeliest_next_tokens_of_each_depth(trained, workplace):
@@ -127,4 +126,4 @@ def test_mistakes_end_in_one_line(trained, run, flags, says):
     assert run(sample.main, '--out_dir=r', '--max_new_tokens=1', '--device=cpu')[0] == 0  # nanoGPT's habit
     for flag in '--temperature=-1', '--temperature=1e300', f'--seed={2 ** 64}', f'--loops={10 ** 9}':
         assert run(sample.main, 'r', flag)[0] == 2
-    assert 'no checkpoint ckpt.pt (yet): name the folder' in run(sample.main)[2]
+    assert 'no checkpoint ckpt.pt (No such file or directory): name the folder' in run(sample.main)[2]
