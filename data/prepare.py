@@ -3,26 +3,21 @@ Text to tokens: data/<dataset>_<vocab_size>/{train,val}.bin (uint16) and meta.js
 train.py calls this for a corpus it does not find. By hand: python data/prepare.py shakespeare
 
 What is text: a file that decodes as UTF-8, holds no NUL byte and is not empty. Of a folder every such file is
-read, except in folders whose name begins with a dot, that hold a run or a prepared corpus, and data/ itself.
+read, except in folders whose name begins with a dot or that hold a run, and in data/ itself.
 """
 
 import argparse
 import codecs
 import hashlib
 import http.client
-import itertools
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
-import time
 import urllib.request
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
@@ -66,32 +61,24 @@ def get_tokenizer(vocab_size: int) -> tiktoken.Encoding:
                              special_tokens={'<|endoftext|>': vocab_size - 1})
 
 
-def progress(line: str):
-    """Show a line that the next one overwrites. Silent where stderr is not a terminal."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f'{line:<79}', end='\r', file=sys.stderr, flush=True)
-
-
 def download(dataset: str, temporary: str) -> Path:
     """The dataset's file, fetched once into data/ and checked against its sha256. UserError if that fails."""
     urls, sha256 = DOWNLOADS[dataset]
     path = DATA / f'{dataset}-{urls[0].rsplit("/", 1)[1]}'
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
-    part = Path(temporary, 'download')
     failures = []
     for url in urls:
         request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0 (looped)'})
-        digest = hashlib.sha256()
         try:
-            with urllib.request.urlopen(request, timeout=30) as response, open(part, 'wb') as f:
-                while block := response.read(PIECE):
-                    f.write(block)
-                    digest.update(block)
-                    progress(f'{path.name}: {f.tell() >> 20} MiB, {(response.length or 0) >> 20} MiB to go')
-            if digest.hexdigest() == sha256:
-                return part.replace(path)
-            failures.append(f'{url}: {part.stat().st_size:,} bytes with another sha256 than {sha256}')
+            with urllib.request.urlopen(request, timeout=30) as response:
+                print(f'downloading {response.headers["Content-Length"]} bytes from {url}')
+                body = response.read()
+            if hashlib.sha256(body).hexdigest() != sha256:
+                raise OSError(f'{len(body):,} bytes with another sha256 than {sha256}')
+            part = Path(temporary, 'download')
+            part.write_bytes(body)
+            return part.replace(path)
         except (OSError, http.client.HTTPException) as e:
             failures.append(f'{url}: {e}')
     raise UserError(f'could not download {dataset} ({"; ".join(failures)}): go online, make room on disk, '
@@ -105,20 +92,17 @@ def local_files(dataset: str) -> list[Path]:
         skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
         return sorted(p for p in root.rglob('*.py') if not skip & set(p.relative_to(root).parts))
 
-    found = []  # by onerror, what is no folder that can be read: a file by itself, too
-    for folder, subfolders, names in os.walk(dataset, onerror=lambda e: found.append(e.filename)):
-        run = 'log.jsonl' in names
-        corpus = 'meta.json' in names and 'train.bin' in names
-        if run or corpus or os.path.realpath(folder) == os.path.realpath(DATA):
+    found = [Path(dataset)]
+    for folder, subfolders, names in os.walk(dataset):
+        if 'log.jsonl' in names or os.path.realpath(folder) == os.path.realpath(DATA):
             subfolders.clear()  # so that os.walk goes no deeper
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-        links = [name for name in subfolders if os.path.islink(f'{folder}/{name}')]  # are not followed
-        found += [f'{folder}/{name}' for name in names + links]
-    return sorted(Path(p) for p in found if not os.path.isfile(p) or os.path.getsize(p) > 0)
+        found += [Path(folder, name) for name in names]
+    return sorted(p for p in found if os.path.isfile(p) and os.path.getsize(p) > 0)
 
 
-def pieces(f: BinaryIO, val_start: float, digest) -> Iterator[tuple[str, str]]:
+def pieces(f: BinaryIO, val_start: float) -> Iterator[tuple[str, str]]:
     """(split, text) of a file, about 1 MB at a time; from byte val_start on it is validation. A piece ends
     where a word ends and white space begins, which no token of the GPT-2 BPE spans, so the pieces encode to
     what the whole would; where there is no such place nearby, anywhere. UnicodeError: not text."""
@@ -129,24 +113,13 @@ def pieces(f: BinaryIO, val_start: float, digest) -> Iterator[tuple[str, str]]:
         length = min(PIECE, val_start - f.tell()) if f.tell() < val_start else PIECE
         block = f.read(length)
         end = len(block) < length
-        digest.update(block)
         text += decoder.decode(block, final=end)
-        if '\0' in text:  # which UTF-8 allows, but the train.bin of bytes would pass for text
-            raise UnicodeError('holds a NUL byte')
+        if '\0' in text:  # it decodes, but is UTF-16 or no text at all
+            raise UnicodeError('a NUL byte')
         word_end = re.compile(r'(?s:.*)\S(?=\s)').match(text, len(text) * 19 // 20)
         cut = word_end.end() if word_end and not end else len(text)
         yield 'train' if f.tell() <= val_start else 'val', text[:cut]
         text = text[cut:]
-
-
-def read(path: Path, first: Path, val_start: float, digest) -> Iterator[tuple[str, str]]:
-    """pieces() of a file on this disk, whose name, size and content go into `digest`."""
-    if not path.is_file():  # a FIFO or a device is never opened: it may not end
-        raise OSError('a link to a folder, or unreadable' if path.is_dir() else 'missing, or no regular file')
-    with open(path, 'rb') as f:
-        size = os.fstat(f.fileno()).st_size
-        digest.update(os.fsencode(f'{os.path.relpath(path, first)}\0{size}\0'))
-        yield from pieces(f, val_start, digest)
 
 
 def scan(dataset: str) -> tuple[list[Path], str]:
@@ -157,122 +130,98 @@ def scan(dataset: str) -> tuple[list[Path], str]:
     files, skipped = [], []
     digest = hashlib.sha256()
     for path in local_files(dataset):
+        name = os.path.relpath(path, files[0] if files else path)
         with_this = digest.copy()
         try:
-            for _ in read(path, files[0] if files else path, math.inf, with_this):
-                pass
+            with_this.update(os.fsencode(f'{name}\0{path.stat().st_size}\0'))
+            with open(path, 'rb') as f:
+                for _, text in pieces(f, math.inf):
+                    with_this.update(text.encode())
             files.append(path)
             digest = with_this
-        except (OSError, UnicodeError) as e:
-            skipped.append(f'{path.name!r} ({"not UTF-8" if isinstance(e, UnicodeDecodeError) else e})')
-    names = ', '.join(skipped[:3]) + ', …' * (len(skipped) > 3)
+        except (OSError, UnicodeError):
+            skipped.append(ascii(path.name))
     if not files:
-        names = names or 'nothing but runs, hidden folders and empty files'
-        raise UserError(f'no text in {dataset!r}: {names}; give {", ".join(BUILTIN)}, or a file or folder of '
-                        f'text that is saved as UTF-8')
+        raise UserError(f'no text in {dataset!r}: give {", ".join(BUILTIN)}, or a file or folder of text '
+                        f'that is saved as UTF-8')
     if skipped:
-        print(f'skipped {len(skipped)} of {len(skipped) + len(files)} files: {names}', file=sys.stderr)
+        print(f'skipped {len(skipped)} of {len(skipped) + len(files)} files, not readable as UTF-8 text: '
+              f'{", ".join(skipped[:3])}{", …" * (len(skipped) > 3)}', file=sys.stderr)
     return files, digest.hexdigest()
 
 
-def documents(dataset: str, files: list[Path], hash_: str, temporary: str) -> Iterator[tuple[str, str]]:
+def documents(dataset: str, files: list[Path], temporary: str) -> Iterator[tuple[str, str]]:
     """(split, text) of a whole corpus, in order. Validation is every 20th file; of fewer files, the end of
-    each; of wikitext103, its own. UserError: `files` are no longer those with the hash `hash_`."""
+    each; of wikitext103, its own."""
     if dataset == 'wikitext103':
         with zipfile.ZipFile(download(dataset, temporary)) as z:
             for name, val_start in ('train', math.inf), ('valid', 0):
                 with z.open(f'wikitext-103-raw/wiki.{name}.raw') as f:
-                    yield from pieces(f, val_start, hashlib.sha256())
+                    yield from pieces(f, val_start)
         return
     if dataset in DOWNLOADS:
         files = [download(dataset, temporary)]
-    digest = hashlib.sha256()
-    try:
-        for i, path in enumerate(files):
-            if len(files) >= 20:
-                val_start = 0 if i % 20 == 19 else math.inf
-            else:  # about the last tenth
-                size = path.stat().st_size
-                val_start = size - max(1, size // 50 * 6)
-            yield from read(path, files[0], val_start, digest)
-        if digest.hexdigest() != hash_ and dataset not in DOWNLOADS:
-            raise OSError('its content is another')
-    except (OSError, UnicodeError) as e:
-        raise UserError(f'{dataset!r} changed while it was read ({e}): start again, and let nothing write to '
-                        f'it meanwhile') from e
+    for i, path in enumerate(files):
+        if len(files) >= 20:
+            val_start = 0 if i % 20 == 19 else math.inf
+        else:  # about the last tenth
+            size = path.stat().st_size
+            val_start = size - max(1, size // 50 * 6)
+        with open(path, 'rb') as f:
+            yield from pieces(f, val_start)
 
 
 def tokenize(texts: Iterator[tuple[str, str]], encoding: tiktoken.Encoding, folder: str) -> tuple[dict, dict]:
-    """Write train.bin and val.bin, on all cores and in bounded memory: tokens and bytes of each split."""
+    """Write train.bin and val.bin. How many tokens, and how many bytes of text, each split has."""
     tokens = dict(train=0, val=0)
     size = dict(train=0, val=0)
-    cores = os.cpu_count() or 1
-
-    def encode(piece):  # tiktoken releases the GIL, so threads are enough
-        split, text = piece
-        return split, len(text.encode()), encoding.encode_to_numpy(text, disallowed_special=())
-
-    with ThreadPoolExecutor(cores) as pool, \
-            open(f'{folder}/train.bin', 'wb') as train, open(f'{folder}/val.bin', 'wb') as val:
-        while batch := list(itertools.islice(texts, 4 * cores)):
-            for split, length, ids in pool.map(encode, batch):
-                file = train if split == 'train' else val
-                file.write(ids.astype(np.uint16))
-                tokens[split] += len(ids)
-                size[split] += length
-            progress(f'tokenized {sum(size.values()) / 1e6:.0f} MB, {sum(tokens.values()):,} tokens')
+    with open(f'{folder}/train.bin', 'wb') as train, open(f'{folder}/val.bin', 'wb') as val:
+        for split, text in texts:
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+            file = train if split == 'train' else val
+            file.write(ids.astype(np.uint16))
+            tokens[split] += len(ids)
+            size[split] += len(text.encode())
     return tokens, size
 
 
-def check(dataset: str, vocab_size: int, tokens: dict, min_tokens: int):
-    """UserError: too few tokens in a split. A warning: too few for the vocabulary."""
-    for split in 'train', 'val':
-        if tokens[split] < min_tokens:
-            raise UserError(f'{dataset!r} has {tokens[split]} {split} tokens, and at least {min_tokens} '
-                            f'(block_size + 1) are needed: give more text or a smaller --block_size')
-    if vocab_size > 256 and tokens['train'] < 10 * vocab_size:
-        print(f'warning: {tokens["train"]:,} training tokens are few for a vocabulary of {vocab_size:,}, '
-              f'all of which every step computes: --vocab_size=256 is faster', file=sys.stderr)
+def check(dataset: str, tokens: dict, min_tokens: int):
+    """UserError: too few tokens in a split."""
+    if min(tokens.values()) < min_tokens:
+        raise UserError(f'{dataset!r} has {tokens["train"]} train and {tokens["val"]} val tokens; at least '
+                        f'{min_tokens} (block_size + 1) are needed: give more text or a smaller --block_size')
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared corpus; where it or its files are not whole, a hash that matches nothing."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        meta = json.loads((folder / 'meta.json').read_text())
-        sizes = {split: (folder / f'{split}.bin').stat().st_size / 2 for split in ('train', 'val')}
-        if meta['tokens'] == sizes:
-            return {'hash': None, **meta}
-    return dict(hash=None)
+    """meta.json of a prepared corpus; where there is none, a hash that matches nothing."""
+    try:
+        return json.loads((folder / 'meta.json').read_text())
+    except (OSError, ValueError):
+        return dict(hash=None)
 
 
 def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> Path:
     """The folder of a prepared corpus, made where it is missing or its text has changed. UserError: no text,
     fewer than min_tokens tokens in a split, no network, no room."""
     dataset = os.path.expanduser(dataset)
-    path = os.path.realpath(dataset)
     # Two files may have one name, and a name may hold anything: the hash of the path tells them apart.
+    path = os.path.realpath(dataset)
     stem = re.sub(r'(?a)\W+', '_', Path(path).stem)[:40]
     own = f'{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}'
     folder = DATA / f'{dataset if dataset in BUILTIN else own}_{vocab_size}'
 
-    for left in DATA.glob('.tmp-*'):  # of killed processes: one at work writes every few seconds
-        with suppress(OSError):
-            if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > 600:
-                shutil.rmtree(left)
-
     files, hash_ = scan(dataset)
     meta = read_meta(folder)
     if meta['hash'] == hash_:
-        check(dataset, vocab_size, meta['tokens'], min_tokens)
+        check(dataset, meta['tokens'], min_tokens)
         return folder
 
     encoding = get_tokenizer(vocab_size)
     print(f'preparing {ascii(dataset)[1:-1]} with a vocabulary of {vocab_size:,} in data/{folder.name}')
     try:
-        with tempfile.TemporaryDirectory(prefix='.tmp-', dir=DATA, ignore_cleanup_errors=True) as temporary:
-            texts = documents(dataset, files, hash_, temporary)
-            tokens, size = tokenize(texts, encoding, temporary)
-            check(dataset, vocab_size, tokens, min_tokens)
+        with tempfile.TemporaryDirectory(prefix='unfinished-', dir=DATA) as temporary:
+            tokens, size = tokenize(documents(dataset, files, temporary), encoding, temporary)
+            check(dataset, tokens, min_tokens)
             meta = dict(dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_)
             Path(temporary, 'meta.json').write_text(json.dumps(meta, indent=1))
             if read_meta(folder)['hash'] != hash_:  # else another process has done the same meanwhile
@@ -296,5 +245,5 @@ if __name__ == '__main__':
         prepare(**vars(parser.parse_args()))
     except UserError as e:
         sys.exit(f'prepare.py: {e}')
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # nothing is left behind
         sys.exit(130)
