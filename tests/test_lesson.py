@@ -299,3 +299,68 @@ def test_the_commands_of_an_exercise_run_beside_runs_from_before_it(tmp_path, mo
     if 'A readout of' in title:
         assert re.findall(r'(\w+), exit 4: (\w+) the length', printed) == [
             ('l1', 'hides'), ('tanh', 'sees'), ('log', 'sees')]
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    if not shutil.which('bash'):
+        pytest.skip('needs bash')
+    monkeypatch.syspath_prepend(REPO / 'tests')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, 'evidence', raising=False)
+    return importlib.import_module('evidence')
+
+
+def test_every_training_of_the_evidence_is_a_command_that_train_py_takes(evidence):
+    found = evidence.BLOCK.findall(lesson('assets/evidence.md'))
+    assert sum(marks != '' for _, marks in found) > 10
+    words = [words for block, _ in found for words in evidence.trainings(block)]
+    assert len(words) == len(set(words)) > 100, 'a run stands twice'
+    for program, *flags in words:
+        assert program == 'train.py'
+        evidence.FlagParser(evidence.TrainConfig, '').parse(flags)
+
+
+def test_the_evidence_trains_what_is_missing_and_prints_into_the_page(tmp_path, evidence):
+    for name in FILES:
+        Path(name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, name)
+    Path('text.txt').write_text(TEXT)
+    flags = ' '.join([*SMALL, *FAST])
+    Path('page.md').write_text(f"""# Page
+
+## 1. A heading
+
+```sh
+for seed in 1 2; do
+  python train.py {flags} --max_iters=2 --seed=$seed --out_dir=out/s$seed
+done
+cat > show.py <<'END'
+import json
+for seed in 1, 2:
+    print(f'| s{{seed}} |', json.loads(list(open(f'out/s{{seed}}/log.jsonl'))[-1])['iter'], '|')
+END
+python -c "print('| run | iterations |\\n|---|---|')"
+python show.py
+```
+
+<!-- printed -->
+| run | iterations | the paper's |
+|---|---|---|
+| s2 | 7 | 8 |
+<!-- end -->
+
+## 2. Another
+
+```sh
+python train.py --readout=nonsense
+```
+""")
+    here = [sys.executable, str(REPO / 'tests/evidence.py'), '--page=page.md', '--section=heading', '--jobs=2']
+    first, second = (subprocess.run(here, text=True, capture_output=True, check=True) for _ in range(2))
+    assert first.stdout.count('python train.py') == 2 and 's2, iterations: 7 -> 2' in first.stdout
+    assert not second.stdout.strip(), 'what has finished is not trained again'
+    table = ['| run | iterations | the paper\'s |', '| --- | --- | --- |', '| s1 | 2 |  |', '| s2 | 2 | 8 |']
+    assert '\n'.join(['<!-- printed -->', *table, '<!-- end -->']) in Path('page.md').read_text()
+    failed = subprocess.run([*here[:-2], '--section=another'], text=True, capture_output=True)
+    assert failed.returncode and 'nonsense' in failed.stderr
