@@ -25,11 +25,9 @@ import matplotlib.animation
 import matplotlib.figure
 import torch
 import torch.nn.functional as F
-from matplotlib import font_manager
-from matplotlib.lines import Line2D
 
 from data.prepare import UserError
-from looped import SUPERVISIONS, LoopedGPT, cross_entropy, flag, validate
+from looped import LoopedGPT, cross_entropy, flag, validate
 from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
                    pick_device, result_flags, write_file)
 
@@ -110,36 +108,28 @@ def loss_gradient(model, idx, targets):
     with its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit
     k's own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
     follow and s_k is the mean norm, with the C that makes it meet the curve at k = 1."""
-    cfg, K = model.cfg, model.cfg.loops
-    h_0, states = model.embed(idx), model.states(idx)
-    weights = SUPERVISIONS[cfg.supervision](K)
-    later = torch.zeros_like(h_0)  # what reaches h_k through loop k + 1
+    model.checkpoint_loops = True  # one loop's or exit's graph at a time
+    with torch.enable_grad():
+        states = model.states(idx)
+        model.states = lambda *_: states  # so forward gives its loss as a function of these
+        loss = model(idx, targets).loss
+        del model.states
+    gradients = torch.autograd.grad(loss, states, allow_unused=True, materialize_grads=True)
     whole, signed, own = [], [], []
-    for k in range(K, 0, -1):  # by hand, so that only one loop's or exit's graph exists at a time
-        h = states[k - 1]
-        exit_k = exit_gradient(model, h, k, targets)
-        penalty = cfg.norm_penalty * 2 * h / (K * cfg.n_embd)  # a sum over tokens, as exit_k is
-        g = weights[k - 1] * exit_k + penalty + later
-        whole.insert(0, cosine(g, h).abs().mean())
-        signed.insert(0, cosine(g, h).mean())
-        own.insert(0, cosine(exit_k, h).abs().mean())
-        if k > 1:
-            before = states[k - 2].detach().requires_grad_()
-            with torch.enable_grad():
-                after = model.step(before, h_0, k)
-            later, = torch.autograd.grad(after, before, g, allow_unused=True, materialize_grads=True)
-    bound = torch.arange(K - 1, -1, -1, device=idx.device) / mean_norms(states)
+    for k, (h, g) in enumerate(zip(states, gradients), 1):
+        whole.append(cosine(g, h).abs().mean())
+        signed.append(cosine(g, h).mean())
+        own.append(cosine(exit_gradient(model, h, k, targets), h).abs().mean())
+    bound = torch.arange(model.cfg.loops - 1, -1, -1, device=idx.device) / mean_norms(states)
     bound = bound * whole[0] / bound[0]
     return dict(whole=torch.stack(whole), signed=torch.stack(signed), own=torch.stack(own), bound=bound)
 
 
 @averaged
 def common(model, idx, _):
-    """|mean h_k|² / mean |h_k|²: what all tokens have in common of the squared norm. And |h_k| / |h_0|."""
+    """|mean h_k|² / mean |h_k|²: what all tokens have in common of the squared norm."""
     h = torch.stack(model.states(idx)).float()  # (K, B, T, C)
-    norm, norm_0 = h.norm(dim=-1), model.embed(idx).float().norm(dim=-1)
-    share = h.mean((1, 2)).square().sum(-1) / norm.square().mean((1, 2))
-    return dict(share=share, growth=(norm / norm_0).mean((1, 2)))
+    return dict(share=h.mean((1, 2)).square().sum(-1) / h.norm(dim=-1).square().mean((1, 2)))
 
 
 @averaged
@@ -179,7 +169,7 @@ def token_norms(model, batches):
     return dict(share=share.tolist(), norm=norms.cpu().sort().values[at].tolist(), mean=[norms.mean().item()])
 
 
-# Early exits, and confidence halting: a sequence leaves at the first exit that is sure enough
+# Early exits with confidence halting: a sequence leaves at the first exit that is sure enough
 
 
 def margin(logits: torch.Tensor) -> torch.Tensor:
@@ -188,42 +178,48 @@ def margin(logits: torch.Tensor) -> torch.Tensor:
     return (top[..., 0] - top[..., 1]).mean(1)
 
 
-def leave_at(margins: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Index of the first exit at which each sequence's margin passes, or of the last. (K, N) -> (N,)"""
+def confidence(model: LoopedGPT, batches: list) -> torch.Tensor:
+    """Margin and cross-entropy of each of N sequences at each exit. -> (2, K, N)"""
+    results = []
+    for idx, targets in batches:
+        exits = []
+        for k, h in enumerate(model.states(idx), 1):
+            logits = model.readout(h, k)
+            exits.append(torch.stack((margin(logits), cross_entropy(logits, targets).mean(-1))))
+        results.append(torch.stack(exits, dim=1))  # (2, K, B)
+    return torch.cat(results, dim=2)
+
+
+def leave(margins: torch.Tensor, ce: torch.Tensor, threshold: float) -> tuple:
+    """Each sequence leaves at the first exit whose margin passes, or at the last: mean loops, and mean
+    cross-entropy. (K, N), (K, N)"""
     passed = margins > threshold
     passed[-1] = True
-    return passed.int().argmax(0)
+    first = passed.int().argmax(0, keepdim=True)
+    return first.float().mean() + 1, ce.gather(0, first).mean()
 
 
 def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
-    """The least threshold, so the earliest leave, with perplexity within 1% of exit K. (K, N), (K, N)"""
-    allowed = ce[-1].mean() + math.log(1.01)
-    for threshold in [-1.0, *margins.flatten().unique().tolist()]:  # every margin passes -1
-        if ce.gather(0, leave_at(margins, threshold)[None]).mean() <= allowed:
-            return threshold
-    return math.inf
-
-
-def halt(model: LoopedGPT, idx: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Let each sequence leave the batch at the first loop whose margin passes: how many each ran. (B,)"""
-    inside = torch.arange(len(idx), device=idx.device)
-    loops = torch.zeros(len(idx), device=idx.device)
-    h = h_0 = model.embed(idx)
-    for k in range(1, model.cfg.loops + 1):
-        h = model.step(h, h_0, k)
-        loops[inside] = k
-        stays = ~(margin(model.readout(h, k)) > threshold)
-        inside, h, h_0 = inside[stays], h[stays], h_0[stays]
-        if len(inside) == 0:
+    """The least threshold, so the earliest leave, with perplexity within 1% of exit K's. (K, N), (K, N)"""
+    for threshold in [-1.0, *margins.unique().tolist()]:  # every margin passes -1, none the greatest
+        if leave(margins, ce, threshold)[1] <= ce[-1].mean() + math.log(1.01):
             break
-    return loops
+    return threshold
 
 
-def speed(run: Callable, batches: list) -> float:
-    """Tokens per second of run(idx), whose result is read, so that the device is waited for."""
+def speed(model: LoopedGPT, batches: list, exits: list[int], threshold: float) -> float:
+    """Tokens per second where only some exits are read: at each of them the sequences whose margin passes
+    leave the batch, and at the last of them all do."""
     start = time.perf_counter()
     for idx, _ in batches:
-        run(idx).tolist()
+        h = h_0 = model.embed(idx)
+        for k in range(1, exits[-1] + 1):
+            h = model.step(h, h_0, k)
+            if k in exits:
+                stays = ~(margin(model.readout(h, k)) > threshold)
+                h, h_0 = h[stays], h_0[stays]  # the device is waited for
+            if len(h) == 0:
+                break
     return len(batches) * batches[0][0].numel() / (time.perf_counter() - start)
 
 
@@ -231,54 +227,42 @@ def speed(run: Callable, batches: list) -> float:
 def exits(model, batches):
     """Perplexity and tokens per second at each exit; and with halting [mean loops, perplexity, speed over
     that of exit K]. Its threshold is chosen on every other batch; all that is reported is of the rest."""
-    margins, losses = [], []
-    for idx, targets in batches:
-        for k, h in enumerate(model.states(idx), 1):
-            logits = model.readout(h, k)
-            margins.append(margin(logits).cpu())
-            losses.append(cross_entropy(logits, targets).mean(-1).cpu())
-    shape = len(batches), model.cfg.loops, -1
-    margins = torch.stack(margins).view(shape).transpose(0, 1)  # (K, batches, B)
-    losses = torch.stack(losses).view(shape).transpose(0, 1)
-    threshold = calibrate(margins[:, ::2].flatten(1), losses[:, ::2].flatten(1))
-
+    threshold = calibrate(*confidence(model, batches[::2]))
     rest = batches[1::2]
-    ce = losses[:, 1::2].flatten(1)  # (K, sequences)
-    leaves = leave_at(margins[:, 1::2].flatten(1), threshold)
-    speeds = []
-    for k in range(1, model.cfg.loops + 1):
-        speeds.append(speed(lambda idx: margin(model.readout(model.states(idx, k)[-1], k)), rest))
-    speedup = speed(lambda idx: halt(model, idx, threshold), rest) / speeds[-1]
-    halting = [(leaves + 1).float().mean().item(), ce.gather(0, leaves[None]).mean().exp().item(), speedup]
-    return dict(perplexity=ce.mean(1).exp().tolist(), tokens_per_second=speeds, halting=halting)
+    margins, ce = confidence(model, rest)
+    loops, halted = leave(margins, ce, threshold)
+    every = list(range(1, model.cfg.loops + 1))
+    speeds = [speed(model, rest, [k], math.inf) for k in every]
+    speedup = speed(model, rest, every, threshold) / speeds[-1]
+    return dict(perplexity=ce.mean(1).exp().tolist(), tokens_per_second=speeds,
+                halting=[loops.item(), halted.exp().item(), speedup])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Drawing takes an axis, lines [(style, results of a condition's runs)] and a row of ROWS
+# Drawing takes an axis, lines [(style, results of a condition's runs)], and a panel with one of its rows
 
 
-def gather(runs: list[dict], row: 'Row') -> tuple[list, torch.Tensor]:
+def gather(runs: list[dict], panel: str, row: 'Row') -> tuple[list, torch.Tensor]:
     """Where all runs of a condition have a point, x (N,), and what each has there, y (runs, N)."""
-    points = []
+    curves = []
     for r in runs:
-        values = r[row.panel][row.key]
-        points.append(dict(zip(r[row.panel].get(row.x, range(1, len(values) + 1)), values)))
-    at = sorted(set.intersection(*[set(p) for p in points]))
-    y = torch.tensor([[p[x] for x in at] for p in points], dtype=torch.float64)
-    y[~y.isfinite()] = math.nan  # a gap
-    return at, y
+        values = r[panel][row.key]
+        x = r[panel].get(row.x, range(1, len(values) + 1))
+        curves.append(dict(zip(x, values)))
+    x = sorted(set.intersection(*[set(curve) for curve in curves]))
+    return x, torch.tensor([[curve[at] for at in x] for curve in curves], dtype=torch.float64)
 
 
-def draw_curves(ax, lines: list, row: 'Row'):
+def draw_curves(ax, lines: list, panel: str, row: 'Row'):
     """One curve per condition: the mean over its runs, and their range as a band."""
-    lowest, rounding = [], 0.0
+    lowest, rounding = [], []
     for i, (style, runs) in enumerate(lines):
-        x, y = gather(runs, row)
+        x, y = gather(runs, panel, row)
         if row.floor:
             below = y < row.floor
-            rounding = max([rounding, *y[below].tolist()])
+            rounding += y[below].tolist()
             y[below] = row.floor / 2 * 0.7 ** i  # side by side, so that none hides another
-        lowest += y[y.isfinite()].sort().values[:1].tolist()
+        lowest.append(y.nan_to_num(1e9, 1e9).min().item())
         mean = y.mean(0)
         K = runs[0]['config']['loops'] if row.x == 'loop' else len(x)
         ax.plot(x[:K], mean[:K], **style)
@@ -293,28 +277,28 @@ def draw_curves(ax, lines: list, row: 'Row'):
         ax.axhspan(bottom, row.floor, color='grey', alpha=0.15, linewidth=0)
         ax.set_ylim(bottom, 1)
     if rounding:
-        text = f'0 (rounding: {rounding:.0e})'.replace('e-0', 'e-')
+        text = f'0 (rounding: {max(rounding):.0e})'.replace('e-0', 'e-')
         ax.text(0.02, row.floor, text, transform=ax.get_yaxis_transform(), va='bottom', color='dimgrey')
-    if row.crop and lowest:  # where one explodes, the others stay in view
+    if row.crop:  # where one explodes, the others stay in view
         top = max(2 * min(lowest), 1.2 * max(lowest))
         ax.set_ylim(0.97 * min(lowest), min(ax.get_ylim()[1], top))
 
 
-def draw_loss_gradient(ax, lines: list, row: 'Row'):
+def draw_loss_gradient(ax, lines: list, panel: str, row: 'Row'):
     """Curves of the whole loss; thin, of each exit's own loss; dotted, the bound's shape."""
     thin = [(dict(style, linewidth=1, alpha=0.6), runs) for style, runs in lines]
-    draw_curves(ax, thin, row._replace(key='own'))
-    draw_curves(ax, lines, row._replace(floor=0.0))
+    draw_curves(ax, thin, panel, row._replace(key='own'))
+    draw_curves(ax, lines, panel, row._replace(floor=0.0))
     for style, runs in lines:
-        x, y = gather(runs, row._replace(key='bound'))
+        x, y = gather(runs, panel, row._replace(key='bound'))
         ax.plot(x[:-1], y.mean(0)[:-1], ':', color='black', linewidth=1.5, zorder=3)
 
 
-def draw_quadrant(ax, lines: list, row: 'Row'):
+def draw_quadrant(ax, lines: list, panel: str, row: 'Row'):
     """One point per run, of the last evaluation in its log."""
     for style, runs in lines:
         for r in runs:
-            norm, losses = r['evaluation']['norms'][-1], r['evaluation']['val_losses']
+            norm, losses = r[panel]['norms'][-1], r[panel]['val_losses']
             ax.plot(norm, losses[0] - losses[-1], 'o', color=style['color'], markersize=10, alpha=0.8)
     ax.axhline(0, color='grey', linewidth=0.8, linestyle=':')
     ax.set(xlabel=row.xlabel, xscale=row.xscale)
@@ -324,7 +308,6 @@ def draw_quadrant(ax, lines: list, row: 'Row'):
 
 class Row(NamedTuple):
     """One axis of the figure: what it draws, and the words around it."""
-    panel: str
     key: str  # of what the panel's diagnostic gives
     title: str
     how: str  # to read it
@@ -338,169 +321,152 @@ class Row(NamedTuple):
     crop: bool = False
 
 
-PANELS = {  # None: the log has it all
-    'training': None, 'scale_sensitivity': scale_sensitivity, 'radial_gradient': radial_gradient,
-    'quadrant': None, 'depth': depth, 'loss_gradient': loss_gradient,
-    'common': common, 'residual_expansion': residual_expansion, 'radial_clamp': radial_clamp,
-    'token_norms': token_norms, 'exits': exits}
+class Panel(NamedTuple):
+    """What is measured, its axes, and its table: [(heading, format, key, index in that list)]."""
+    diagnostic: Callable | None  # None: the log has it, and every result
+    rows: list[Row]
+    table: str = ''
+    columns: list[tuple] = []
 
-ROWS = [
-    Row('training', 'norm', 'How does the norm change in training?',
-        'Every tick is ten times the one below. Band: range over seeds.',
-        'norm at K', x='iter', xlabel='iteration', yscale='log'),
-    Row('scale_sensitivity', 'ce', 'Does the loss see the norm?',
-        'Flat: no. A valley: yes, and it prefers one norm.',
-        'cross-entropy (nats)', x='factor', xlabel='factor on the last state', xscale='log', crop=True),
-    Row('radial_gradient', 'share', "Does an exit's own loss act on the norm?",
-        '0: its gradient is at right angles to the state.',
-        '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6),
-    Row('quadrant', '', 'Is the norm held, is exit 1 of use?',
-        'Left: the norm is held. Low: exit 1 is as good as exit K.',
-        'CE at exit 1 minus CE at K', draw_quadrant, xlabel='norm at K (one point per run)', xscale='log'),
-    Row('depth', 'norm', 'How does the norm change from loop to loop?',
-        'Pale: deeper than trained.',
-        'norm of the state', yscale='log'),
-    Row('depth', 'ce', 'How good is each exit?',
-        'Pale: deeper than trained, read by the last exit.',
-        'cross-entropy (nats)', crop=True),
-    Row('loss_gradient', 'whole', 'Does the whole loss act on the norm?',
-        'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.',
-        '|cos| of dL/dh_k and h_k', draw_loss_gradient, yscale='log', floor=1e-6),
-    Row('loss_gradient', 'signed', 'Which way does the whole loss act?',
-        'Negative: descent lengthens h_k. L: as it is trained.',
-        'mean cos of dL/dh_k and h_k'),
-    Row('common', 'share', 'How much of a state do all tokens share?',
-        '1: all tokens have the same state.',
-        'share of the squared norm'),
-    Row('common', 'growth', 'How long is a state beside h_0?',
-        'h_0 is what loop 1 is fed.',
-        'norm of h_k over that of h_0', yscale='log'),
-    Row('residual_expansion', 'increment', 'How much norm does a loop add?',
-        'Level: each one adds the same.',
-        'norm of h_k+1 minus that of h_k', yscale='symlog'),
-    Row('residual_expansion', 'turn', 'How far does a loop turn a state?',
-        'Falling: later loops change less.',
-        'distance of u_k+1 and u_k', yscale='log'),
-    Row('radial_clamp', 'change', 'What if loops may not change the norm?',
-        '0: exit k does as well without.',
-        'change of cross-entropy (nats)'),
-    Row('token_norms', 'norm', 'Is the norm that of all tokens, or of a few?',
-        'Steep at the right: of a few.',
-        'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log'),
-    Row('exits', 'perplexity', 'How good is it to stop early?',
-        'Level: loops that change nothing.',
-        'perplexity', xlabel='loops', crop=True),
-]
 
-HALF, ALL = 'half', 'all'
-TABLES = {  # {what is in a result: (title, [(heading, format, key, which of a list)])}, the paper's columns
-    'evaluation': ('Last evaluation in the log: norm, and cross-entropy at the exits in nats', [
+PANELS = {
+    'training': Panel(None, [
+        Row('norm', 'How does the norm change in training?',
+            'Every tick is ten times the one below. Band: range over seeds.',
+            'norm at K', x='iter', xlabel='iteration', yscale='log')],
+        'Last evaluation in the log: norm, and cross-entropy at the exits in nats', [
         ('norm at K', '.1f', 'norms', -1), ('CE at exit 1', '.3f', 'val_losses', 0),
-        ('at K/2', '.3f', 'val_losses', HALF), ('at K', '.3f', 'val_losses', -1)]),
-    'token_norms': ('Norm of single tokens at K', [
+        ('at K/2', '.3f', 'val_losses', 'K/2'), ('at K', '.3f', 'val_losses', -1)]),
+    'quadrant': Panel(None, [
+        Row('norms', 'Is the norm held, is exit 1 of use?',
+            'Left: the norm is held. Low: exit 1 is as good as exit K.', 'CE at exit 1 minus CE at K',
+            draw_quadrant, xlabel='norm at K (one point per run)', xscale='log')]),
+    'scale_sensitivity': Panel(scale_sensitivity, [
+        Row('ce', 'Does the loss see the norm?', 'Flat: no. A valley: yes, and it prefers one norm.',
+            'cross-entropy (nats)', x='factor', xlabel='factor on the last state', xscale='log', crop=True)]),
+    'token_norms': Panel(token_norms, [
+        Row('norm', 'Is the norm that of all tokens, or of a few?', 'Steep at the right: of a few.',
+            'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log')],
+        'Norm of single tokens at K', [
         ('mean', '.1f', 'mean', 0), ('median', '.1f', 'norm', 50), ('p99', '.1f', 'norm', 99),
         ('max', '.1f', 'norm', 100)]),
-    'radial_gradient': ("Exit k's own gradient: r_k = |cos| of it and h_k; g_K = dCE_K / d log|h_K|", [
+    'radial_gradient': Panel(radial_gradient, [
+        Row('share', "Does an exit's own loss act on the norm?",
+            '0: its gradient is at right angles to the state.',
+            '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6)],
+        "Exit k's own gradient: r_k = |cos| of it and h_k; g_K = dCE_K / d log|h_K|", [
         ('r_1', '.1e', 'share', 0), ('r_K', '.1e', 'share', -1), ('g_K', '+.1e', 'slope', -1)]),
-    'loss_gradient': ('Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
-        ('|cos| at 1', '.1e', 'whole', 0), ('at K/2', '.1e', 'whole', HALF), ('at K', '.1e', 'whole', -1),
-        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', HALF),
+    'depth': Panel(depth, [
+        Row('norm', 'How does the norm change from loop to loop?', 'Pale: deeper than trained.',
+            'norm of the state', yscale='log'),
+        Row('ce', 'How good is each exit?', 'Pale: deeper than trained, read by the last exit.',
+            'cross-entropy (nats)', crop=True)]),
+    'loss_gradient': Panel(loss_gradient, [
+        Row('whole', 'Does the whole loss act on the norm?',
+            'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.',
+            '|cos| of dL/dh_k and h_k', draw_loss_gradient, yscale='log', floor=1e-6),
+        Row('signed', 'Which way does the whole loss act?',
+            'Negative: descent lengthens h_k. L: as it is trained.', 'mean cos of dL/dh_k and h_k')],
+        'Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
+        (r'\|cos\| at 1', '.1e', 'whole', 0), ('at K/2', '.1e', 'whole', 'K/2'), ('at K', '.1e', 'whole', -1),
+        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', 'K/2'),
         ('at K', '+.1e', 'signed', -1)]),
-    'radial_clamp': ('Every token kept at its norm after loop 1', [
+    'common': Panel(common, [
+        Row('share', 'How much of a state do all tokens share?', '1: all tokens have the same state.',
+            'share of the squared norm')]),
+    'radial_clamp': Panel(radial_clamp, [
+        Row('change', 'What if loops may not change the norm?', '0: exit k does as well without.',
+            'change of cross-entropy (nats)')],
+        'Every token kept at its norm after loop 1', [
         ('norm at K over unclamped', '.3f', 'ratio', -1), ('change of CE at K', '+.4f', 'change', -1)]),
-    'residual_expansion': ('The update h_k+1 - h_k from h_10 to h_30, in RMS over channels', [
+    'residual_expansion': Panel(residual_expansion, [
+        Row('increment', 'How much norm does a loop add?', 'Level: each one adds the same.',
+            'norm of h_k+1 minus that of h_k', yscale='symlog'),
+        Row('turn', 'How far does a loop turn a state?', 'Falling: later loops change less.',
+            'distance of u_k+1 and u_k', yscale='log')],
+        'The update h_k+1 - h_k from h_10 to h_30, in RMS over channels', [
         ('a_rad (along h_k)', '.3f', 'update', 0), ('across', '.3f', 'update', 1),
         ('whole', '.3f', 'update', 2)]),
-    'exits': ('Early exits', [
-        ('perplexity at exits 1 .. K', '.2f', 'perplexity', ALL), ('loops with halting', '.2f', 'halting', 0),
-        ('perplexity', '.2f', 'halting', 1), ('speed over K', '.2f', 'halting', 2)]),
+    'exits': Panel(exits, [
+        Row('perplexity', 'How good is it to stop early?', 'Level: loops that change nothing.',
+            'perplexity', crop=True)],
+        'Early exits', [
+        ('perplexity at exits 1 .. K', '.2f', 'perplexity', 'all'),
+        ('loops with halting', '.2f', 'halting', 0), ('perplexity', '.2f', 'halting', 1),
+        ('speed over K', '.2f', 'halting', 2)]),
 }
 
 # ------------------------------------------------------------------------------------------------------------
 # Conditions: their names, and how they look
 
-WORDS = {'norm_penalty': ' + penalty {}', 'recurrence': ', {} recurrence', 'loops': ', K = {}',
-         'learning_rate': ', lr {}'}
-
-
-def words(flags: dict) -> str:
-    text = ''
-    for name in [*(n for n in WORDS if n in flags), *(n for n in flags if n not in WORDS)]:
-        value = f'{flags[name]:.12g}' if isinstance(flags[name], float) else str(flags[name])
-        text += WORDS.get(name, f', {name} {{}}').format(value)
-    return text
+WORDS = {'recurrence': '{} recurrence', 'loops': 'K = {}', 'learning_rate': 'lr {}'}  # not as the flag has it
+NAMED = 'supervision', 'readout', 'alpha', 'norm_penalty', 'seed'
 
 
 def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
-    """What flags and log say of a run that is saved at `iteration`: its name in the paper's words, and every
-    other flag that makes it a condition of its own. UserError: no evaluation that fits."""
-    readout = cfg.readout.replace('final_rms', 'final-only rms')
-    named = ['seed', 'supervision', 'readout']
-    if readout == 'alpha':
-        readout = f'alpha {cfg.alpha:.12g}'
-        named.append('alpha')
-    flags = {name: value for name, value in result_flags(cfg).items() if name not in named}
+    """What flags and log say of a run that is saved at `iteration`. Where the name or the other flags differ,
+    it is of another condition."""
+    name = f'{cfg.supervision.replace("_", "-")} + {cfg.readout.replace("final_rms", "final-only rms")}'
+    if cfg.readout == 'alpha':
+        name += f' {cfg.alpha:g}'
+    if cfg.norm_penalty:
+        name += f' + penalty {cfg.norm_penalty:g}'
+    flags = []
+    for key, value in result_flags(cfg).items():
+        if key not in NAMED:
+            flags.append(WORDS.get(key, f'{key} {{}}').format(str(value).removesuffix('.0')))
     if cfg.eval_iters != TrainConfig.eval_iters:  # means over other batches are not averaged with these
-        flags['eval_iters'] = cfg.eval_iters
-    for x in log:
-        if x['iter'] < iteration and set(x.get('changed', ())) - {'max_iters'}:
-            flags['changed at'] = x['iter']
+        flags.append(f'eval_iters {cfg.eval_iters}')
+    for line in log:
+        if set(line.get('changed', ())) - {'max_iters'}:
+            flags.append(f'changed at {line["iter"]}')
     if iteration < cfg.max_iters:
-        flags['stopped at'] = iteration
+        flags.append(f'stopped at {iteration}')
 
-    evaluations = [x for x in log if 'val_losses' in x]
-    if not evaluations or len(evaluations[-1]['val_losses']) != cfg.loops:
-        raise UserError(f'its log has no evaluation of {cfg.loops} loops by iteration {iteration}: resume it')
-    steps = [x for x in log if x.get('norms') and ('loss' in x or x['iter'] == 0)]
-    training = dict(iter=[x['iter'] for x in steps], norm=[x['norms'][-1] for x in steps])
-    return dict(name=f'{cfg.supervision.replace("_", "-")} + {readout}', flags=flags, seed=cfg.seed,
-                config=asdict(cfg), evaluation=evaluations[-1], training=training, log=steps)
+    evaluations = [line for line in log if 'val_losses' in line]
+    norms = {0: evaluations[0]['norms']}  # of the first weights, then of every step that is logged
+    norms.update({line['iter']: line['norms'] for line in log if 'loss' in line})
+    training = dict(evaluations[-1], iter=list(norms), norm=[n[-1] for n in norms.values()])
+    return dict(name=name, flags=flags, seed=cfg.seed, config=asdict(cfg), norms=norms, training=training,
+                quadrant=evaluations[-1])
 
 
 def conditions(results: list[dict]) -> tuple[str, dict[str, list[dict]]]:
-    """The flags that all runs share, where they differ in others; and {label: the runs of a condition}."""
-    first, shared = results[0], {}
-    if any(r['name'] + words(r['flags']) != first['name'] + words(first['flags']) for r in results):
-        for name, value in first['flags'].items():
-            if all(name in r['flags'] and r['flags'][name] == value for r in results):
-                shared[name] = value
+    """The flags that all runs share, and {name and other flags: the runs of a condition}."""
+    shared = [flag for flag in results[0]['flags'] if all(flag in r['flags'] for r in results)]
     groups = {}
     for r in results:
-        own = {name: value for name, value in r['flags'].items() if name not in shared}
-        groups.setdefault(r['name'] + words(own), []).append(r)
-    return words(shared).lstrip(' +,'), groups
+        own = [flag for flag in r['flags'] if flag not in shared]
+        groups.setdefault(', '.join([r['name'], *own]), []).append(r)
+    return ', '.join(shared), groups
 
 
 COLORS = {'rms': '#D55E00', 'rms + penalty': '#009E73', 'raw': '#0072B2', 'cut': '#000000',
           'layernorm': '#CC79A7', 'final_rms': '#E69F00', 'alpha': '#56B4E9'}  # Okabe and Ito's
-SPARE = ['#332288', '#44AA99', '#882255', '#999933', '#AA4499', '#117733', '#88CCEE', '#DDCC77', '#CC6677']
+SPARE = ['#332288', '#44AA99', '#882255', '#999933', '#AA4499', '#117733', '#88CCEE', '#DDCC77', '#CC6677',
+         *matplotlib.colormaps['tab20b'].colors]
 DASHES = {'residual per_loop': '-', 'residual terminal': '--', 'rms per_loop': ':', 'damped per_loop': '-.'}
 
 
-def styles(groups: dict[str, list[dict]]) -> list[tuple]:
-    """[(how a condition is drawn, its runs)]. Colour: readout and penalty; of conditions that share those,
-    the plainest has their colour and the others have spare ones. Dashes: recurrence and supervision."""
-    spare = [*SPARE, *matplotlib.colormaps['tab20b'].colors]
-    looks = {}
-    for label in sorted(groups, key=lambda label: (len(groups[label][0]['flags']), label)):
-        config = groups[label][0]['config']
-        color = COLORS.get(config['readout'])
-        if config['norm_penalty']:
-            color = COLORS.get(f'{config["readout"]} + penalty')
-        taken = [look['color'] for look in looks.values()]
-        if color is None or color in taken:
-            color = spare[len(looks) % len(spare)]
+def styles(groups: dict[str, list[dict]], width: int) -> list[tuple]:
+    """[(how a condition is drawn, its runs)]. Colour: readout and penalty, where no condition before it has
+    that; dashes: recurrence and supervision. The label is in lines of `width`."""
+    lines = []
+    for label, runs in groups.items():
+        config = runs[0]['config']
+        penalty = ' + penalty' if config['norm_penalty'] else ''
+        color = COLORS.get(config['readout'] + penalty)
+        if color is None or color in [style['color'] for style, _ in lines]:
+            color = SPARE[len(lines) % len(SPARE)]
         dash = DASHES.get(f'{config["recurrence"]} {config["supervision"]}', (0, (6, 2, 1, 2, 1, 2)))
-        looks[label] = dict(color=color, linestyle=dash, linewidth=2.2, label=label)
-    return [(looks[label], runs) for label, runs in groups.items()]
+        lines.append((dict(color=color, linestyle=dash, linewidth=2.2, label=drawable(label, width)), runs))
+    return lines
 
 
-def drawable(text: str, width: int = 1000) -> str:
-    """`text` as matplotlib draws it literally, in lines of `width`: no $ begins a formula, and a character
-    that its font lacks is an escape."""
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    known = font.get_charmap()
-    text = ''.join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
+def drawable(text: str, width: int) -> str:
+    """`text` as matplotlib draws it literally, in lines of `width`: no $ begins a formula, and Chinese, say,
+    which its font lacks, is escapes."""
+    text = ''.join(c if c < '\u2e80' else ascii(c)[1:-1] for c in text)
     return textwrap.fill(text, width).replace('$', r'\$')
 
 
@@ -510,24 +476,19 @@ def drawable(text: str, width: int = 1000) -> str:
 
 def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Path):
     """One figure of the chosen panels."""
-    lines = styles(groups)
-    rows = [row for panel in panels for row in ROWS if row.panel == panel]
-    columns = 2 if len(rows) in (2, 4) else min(3, len(rows))
-    height = math.ceil(len(rows) / columns)
+    lines = styles(groups, 46)
+    axes = [(panel, row) for panel in panels for row in PANELS[panel].rows]
+    columns = 2 if len(axes) in (2, 4) else min(3, len(axes))
+    height = math.ceil(len(axes) / columns)
     fig = matplotlib.figure.Figure(figsize=(max(8, 5.6 * columns), 4.3 * height))
-    for i, row in enumerate(rows, 1):
+    for i, (panel, row) in enumerate(axes, 1):
         ax = fig.add_subplot(height, columns, i, ylabel=row.ylabel)
         ax.set_title(row.title, pad=22)
         ax.text(0.5, 1.03, row.how, transform=ax.transAxes, ha='center', fontsize=10, color='dimgrey')
-        row.draw(ax, lines, row)
+        row.draw(ax, lines, panel, row)
     fig.tight_layout(h_pad=2)
-    handles = []
-    for style, _ in lines:
-        label = drawable(style['label'], 46)
-        handles.append(Line2D([], [], **dict(style, label=label)))
-    title = None
-    if shared:
-        title = drawable(f'All runs: {shared}', 50 * columns)
+    title = drawable(f'All runs: {shared}', 50 * columns) if shared else None
+    handles = [ax.plot([], [], **style)[0] for style, _ in lines]
     fig.legend(handles=handles, title=title, loc='upper center', bbox_to_anchor=(0.5, 0),
                ncols=min(2, columns), frameon=False)
     buffer = BytesIO()
@@ -536,78 +497,57 @@ def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Pat
 
 
 def animate(groups: dict[str, list[dict]], out: Path):
-    """The first 120 iterations in the logs as a moving picture: the norm at every loop, one curve per run."""
-    lines = styles(groups)
+    """A moving picture of the norm at every loop, mean over the runs of a condition, over the first 120
+    iterations that all runs have logged."""
+    lines = styles(groups, 30)
+    every = [r['norms'] for runs in groups.values() for r in runs]
+    iterations = sorted(set.intersection(*[set(norms) for norms in every]))[:120]
+    values = [n for norms in every for it in iterations for n in norms[it]]
     fig = matplotlib.figure.Figure(figsize=(8, 4.2))
-    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74), xlabel='loop k', ylabel='norm of the state', yscale='log')
-    curves = []
-    for style, runs in lines:
-        for r in runs:
-            curves.append((ax.plot([], [], **style)[0], r['log']))
-    handles = [Line2D([], [], **dict(style, label=drawable(style['label'], 30))) for style, _ in lines]
-    legend = ax.legend(handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False,
-                       fontsize=min(12, 70 / len(handles)))
-
-    points = [x for _, log in curves for x in log]
-    iterations = sorted({x['iter'] for x in points})[:120]
-    norms = [n for x in points if x['iter'] <= iterations[-1] for n in x['norms'] if 0 < n < math.inf]
-    ax.set_xlim(0.5, max(len(x['norms']) for x in points) + 0.5)
-    ax.set_ylim(0.7 * min(norms, default=1), 1.4 * max(norms, default=1))
-
-    def latest(log, it):
-        return [x for x in log if x['iter'] <= it or x is log[0]][-1]['norms']
+    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74))
 
     def update(it):
-        ax.set_title(f'iteration {it}')
-        for curve, log in curves:
-            norms = latest(log, it)
-            curve.set_data(range(1, len(norms) + 1), norms)
-        for text, handle, (_, runs) in zip(legend.get_texts(), handles, lines):
-            norm = cell([latest(r['log'], it)[-1] for r in runs], '.1f')
-            text.set_text(f'{handle.get_label()}\nnorm at K: {norm}')
+        ax.clear()
+        for style, runs in lines:
+            y = torch.tensor([r['norms'][it] for r in runs])  # (runs, K)
+            label = f'{style["label"]}\nnorm at K: {cell(y[:, -1], ".1f")}'
+            ax.plot(range(1, y.size(1) + 1), y.mean(0), **dict(style, label=label))
+        ax.set(title=f'iteration {it}', xlabel='loop k', ylabel='norm of the state', yscale='log',
+               ylim=(0.7 * min(values), 1.4 * max(values)))
+        ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
 
-    frames = []
-    for i, it in enumerate(iterations, 1):
-        frames += [it] * (1 + 6 // i)  # the first changes are the largest
-    frames += iterations[-1:] * 25
+    frames = iterations + iterations[-1:] * 25
     movie = matplotlib.animation.FuncAnimation(fig, update, frames, init_func=list)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'movie.gif')
-        movie.save(path, matplotlib.animation.PillowWriter(fps=10), dpi=100)
+        movie.save(path, 'pillow', fps=10, dpi=100)
         write_file(out, path.read_bytes())
 
 
-def cell(values: list[float], form: str) -> str:
+def cell(values, form: str) -> str:
     """Mean ± standard deviation over seeds."""
-    t = torch.tensor(values, dtype=torch.float64)
+    t = torch.as_tensor(values, dtype=torch.float64)
     text = format(t.mean().item(), form)
     if len(t) > 1:
         text += f' ± {format(t.std().item(), form.lstrip("+"))}'
     return text
 
 
-def tables(shared: str, groups: dict[str, list[dict]]) -> str:
-    """Markdown: a table for all that was measured and has one, with one row per condition."""
-    text = 'Mean ± standard deviation over seeds.'
-    if shared:
-        text += f' All runs: {shared}.'
-    text += '\n'
-    measured = list(groups.values())[0][0]
-    for panel, (title, columns) in TABLES.items():
-        if panel not in measured:
+def tables(shared: str, groups: dict[str, list[dict]], panels: list[str]) -> str:
+    """Markdown: a table per panel that has one, with one row per condition."""
+    also = f' All runs: {shared}.' if shared else ''
+    text = f'Mean ± standard deviation over seeds.{also}\n'
+    for name, panel in PANELS.items():
+        if not panel.table or name not in panels:
             continue
-        headings = ['condition', 'seeds', *[heading.replace('|', r'\|') for heading, *_ in columns]]
-        text += f'\n{title}:\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
+        headings = ['condition', 'seeds', *[heading for heading, *_ in panel.columns]]
+        text += f'\n{panel.table}:\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
         for label, runs in groups.items():
-            cells = [label.replace('|', r'\|'), str(len(runs))]
-            for _, form, key, which in columns:
-                lists = [r[panel][key] for r in runs]
+            cells = [label, str(len(runs))]
+            for _, form, key, which in panel.columns:
+                lists = [r[name][key] for r in runs]
                 K = len(lists[0])
-                indices = [which]
-                if which == HALF:
-                    indices = [max(1, K // 2) - 1]
-                elif which == ALL:
-                    indices = range(K)
+                indices = {'K/2': [max(1, K // 2) - 1], 'all': range(K)}.get(which, [which])
                 cells.append(' / '.join(cell([values[i] for values in lists], form) for i in indices))
             text += f'| {" | ".join(cells)} |\n'
     return text
@@ -626,29 +566,30 @@ class PlotConfig:
 
     def __post_init__(self):
         validate(self)
-        out = Path(self.out).expanduser()
-        if out.suffix not in ('.png', '.pdf', '.svg', '.gif') or not out.parent.is_dir() or out.is_dir():
+        out = Path(self.out)
+        if out.suffix not in ('.png', '.pdf', '.svg', '.gif') or not out.parent.is_dir():
             raise ValueError(f'out must be a file .png, .pdf, .svg or .gif, in some folder, got {self.out!r}')
         if self.panels == 'all':
             self.panels = ','.join(PANELS)
+        if out.suffix == '.gif':
+            self.panels = 'training'
         for panel in self.panels.split(','):
             if panel not in PANELS:
                 raise ValueError(f'panels must be all, or of {", ".join(PANELS)}, got {panel!r}')
 
 
 def measure(path: Path, cfg: PlotConfig) -> dict:
-    """All that is shown of a run. UserError: it is damaged or foreign, or has no evaluation."""
+    """All that is shown of a run. UserError: it is damaged or foreign."""
     model, run, state = load_checkpoint(path / 'ckpt.pt')
-    result = describe(run, state['iter'], state['log'][1:])  # the first line has the flags
-    if cfg.out.endswith('.gif'):
-        return result
-    device = pick_device(cfg.device, run.n_embd)
-    tokens, _ = load_tokens(run, state['corpus'])
-    batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
-    model.to(device)
-    for panel in cfg.panels.split(','):
-        if PANELS[panel]:
-            result[panel] = PANELS[panel](model, batches)
+    result = dict(describe(run, state['iter'], state['log'][1:]), path=str(path))  # its first line: the flags
+    chosen = [panel for panel in cfg.panels.split(',') if PANELS[panel].diagnostic]
+    if chosen:
+        device = pick_device(cfg.device, run.n_embd)
+        tokens, _ = load_tokens(run, state['corpus'])
+        batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
+        model.to(device)
+    for panel in chosen:
+        result[panel] = PANELS[panel].diagnostic(model, batches)
     return result
 
 
@@ -657,10 +598,8 @@ def main(argv):
     parser = FlagParser(PlotConfig, __doc__)
     parser.add_argument('runs', nargs='*', help='folders of runs (default: all under out/)')
     cfg, typed = parser.parse(argv)
-    out, start = Path(cfg.out).expanduser(), time.time()
     pick_device(cfg.device)  # a mistake in it ends here, and not once per run
-    paths = [Path(p).expanduser() for p in typed['runs']]
-    paths = paths or sorted(path.parent for path in Path('out').glob('*/ckpt.pt'))
+    paths = [Path(p) for p in typed['runs']] or sorted(p.parent for p in Path('out').glob('*/ckpt.pt'))
     if not paths:
         raise UserError('no runs under out/: train some first, such as python train.py --readout=rms')
 
@@ -671,22 +610,22 @@ def main(argv):
             result = measure(path, cfg)
             if any(all(r[key] == result[key] for key in ('name', 'flags', 'seed')) for r in results):
                 raise UserError('it is another copy of a run that is drawn')
-            results.append(dict(result, path=str(path)))
+            results.append(result)
         except UserError as e:
             print(f'{path}: left out,', *str(e).split(), file=sys.stderr)
     if not results:
         raise UserError('none of these runs could be measured')
 
+    out, panels = Path(cfg.out), cfg.panels.split(',')
     shared, groups = conditions(results)
     if out.suffix == '.gif':
         animate(groups, out)
     else:
-        draw(shared, groups, cfg.panels.split(','), out)
-        text = json.dumps(groups)
-        plain = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
+        draw(shared, groups, panels, out)
+        plain = json.loads(json.dumps(groups), parse_constant=lambda name: None)  # for JSON has no Infinity
         write_file(out.with_suffix('.json'), json.dumps(plain, indent=1).encode())
-    print(f'{out} is drawn, in {time.time() - start:.0f} s', file=sys.stderr)
-    print(tables(shared, groups), flush=True)  # last: where nobody reads it, the figure is there
+    print(f'{out} is drawn', file=sys.stderr)
+    print(tables(shared, groups, panels), flush=True)  # last: where nobody reads it, the figure is there
 
 
 if __name__ == '__main__':
