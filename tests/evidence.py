@@ -116,15 +116,15 @@ def main(argv=None):
         sys.exit('\n'.join(failures))
 
     for section in chosen:
-        page = args.page.read_text()
         for block, old in BLOCK.findall(section):
             printed = bash(REST, block)
             if printed:
                 new, changes = merge(old, printed)
                 marked = f'```sh\n{block}```\n\n{PRINTED}'
-                page = page.replace(f'{marked}{old}{END}', f'{marked}{new}{END}')
+                page = args.page.read_text()  # as it is now
+                args.page.write_text(page.replace(f'{marked}{old}{END}', f'{marked}{new}{END}'))
                 print(*changes, sep='\n')
-        args.page.write_text(page)
+
 
 
 if __name__ == '__main__':
