@@ -184,7 +184,7 @@ class LoopedGPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.recurrence = RECURRENCES[cfg.recurrence](cfg)
-        self.exposure = READOUTS[cfg.readout](cfg)
+        self.exposure = READOUTS[cfg.readout](cfg)  # what `readout` applies before W
         self.output_bias = None
         if cfg.output_bias != 'none':  # train.py fills in the unigram frequencies
             self.output_bias = nn.Parameter(torch.zeros(cfg.vocab_size), cfg.output_bias == 'learned')

@@ -3,7 +3,7 @@ See the blind spot: measure trained runs, draw one figure, print tables.
 
     python plot_norms.py out/A out/B ...        (no run named: every run under out/)
     python plot_norms.py --panels=all           (without it: the argument in four panels)
-    python plot_norms.py --out=training.gif     (a moving picture; nothing is measured)
+    python plot_norms.py --out=training.gif     (a moving picture of runs with --log_interval=1)
 
 Runs that differ in nothing but the seed are one condition: the figure has their mean, and their range as a
 band. All numbers come from checkpoints and validation text; they go beside the figure as JSON.
@@ -424,6 +424,8 @@ def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
         flags.append(f'stopped at {iteration}')
 
     evaluations = [line for line in log if 'val_losses' in line]
+    if not evaluations:
+        raise UserError('it was stopped before its first evaluation: --resume it')
     norms = {0: evaluations[0]['norms']}  # of the first weights, then of every step that is logged
     norms.update({line['iter']: line['norms'] for line in log if 'loss' in line})
     training = dict(evaluations[-1], iter=list(norms), norm=[n[-1] for n in norms.values()])

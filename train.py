@@ -95,8 +95,8 @@ class FlagParser(argparse.ArgumentParser):
         names = [f.name for f in fields(self.config_class)]
         if unknown:
             name = unknown[0].split('=')[0].strip('-')
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-            self.error(f'{unknown[0]} is no flag; did you mean --{near}?')
+            near = difflib.get_close_matches(name, names, n=1)
+            self.error(f'{unknown[0]} is no flag' + (f'; did you mean --{near[0]}?' if near else ''))
         typed = vars(typed)
         try:
             return self.config_class(**{name: typed[name] for name in names if name in typed}), typed

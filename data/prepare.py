@@ -164,7 +164,7 @@ def documents(dataset: str, files: list[Path], temporary: str) -> Iterator[tuple
     for i, path in enumerate(files):
         if len(files) >= 20:
             val_start = 0 if i % 20 == 19 else math.inf
-        else:  # about the last tenth
+        else:  # about the last tenth: 12%
             size = path.stat().st_size
             val_start = size - max(1, size // 50 * 6)
         with open(path, 'rb') as f:
