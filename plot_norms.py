@@ -368,9 +368,9 @@ PANELS = {
         Row('signed', 'Which way does the whole loss act?',
             'Negative: descent lengthens h_k. L: as it is trained.', 'mean cos of dL/dh_k and h_k')],
         'Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
-        (r'\|cos\| at 1', '.1e', 'whole', 0), ('at K/2', '.1e', 'whole', 'K/2'), ('at K', '.1e', 'whole', -1),
-        ('cos at 1', '+.1e', 'signed', 0), ('at K/2', '+.1e', 'signed', 'K/2'),
-        ('at K', '+.1e', 'signed', -1)]),
+        (r'\|cos\| at 1', '.1e', 'whole', 0), (r'\|cos\| at K/2', '.1e', 'whole', 'K/2'),
+        (r'\|cos\| at K', '.1e', 'whole', -1), ('cos at 1', '+.1e', 'signed', 0),
+        ('cos at K/2', '+.1e', 'signed', 'K/2'), ('cos at K', '+.1e', 'signed', -1)]),
     'common': Panel(common, [
         Row('share', 'How much of a state do all tokens share?', '1: all tokens have the same state.',
             'share of the squared norm')]),

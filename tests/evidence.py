@@ -7,7 +7,7 @@ Run assets/evidence.md as it stands: train what its blocks train, and put what t
 A block of the page is bash. First its trainings (`python train.py`, `python forked.py`) run, several at a time:
 one that has finished is skipped, one that was stopped goes on. Then the rest of the block runs, and what it
 prints replaces what stands between the marks below the block. Columns of a table that the block does not print,
-such as the paper's, stay. The cells that changed are listed at the end.
+such as the paper's, stay (headings of a table differ). The cells that changed are listed at the end.
 """
 
 import argparse
@@ -124,7 +124,6 @@ def main(argv=None):
                 page = args.page.read_text()  # as it is now
                 args.page.write_text(page.replace(f'{marked}{old}{END}', f'{marked}{new}{END}'))
                 print(*changes, sep='\n')
-
 
 
 if __name__ == '__main__':
