@@ -43,6 +43,7 @@ def bash(python: str, block: str, **variables) -> str:
 
 def trainings(block: str) -> list[tuple]:
     """The trainings of a block, each as the words that follow `python`."""
+    Path('out').mkdir(exist_ok=True)  # where blocks write
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'list')
         path.touch()
@@ -65,7 +66,7 @@ def train(words: tuple) -> str:
             return ''
         words = [w for w in words if not w.startswith(('--init_from', '--out_dir'))]
         words += ['--resume', f'--out_dir={folder}']
-    print('python', *words, flush=True)
+    print(f'python {" ".join(words)}\n', end='', flush=True)  # in one piece, beside other threads
     run = subprocess.run([sys.executable, *words], env={**os.environ, 'OMP_NUM_THREADS': '1'},
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return f'{" ".join(words)}: exit {run.returncode} {run.stderr[-500:]}' if run.returncode else ''
