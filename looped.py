@@ -105,7 +105,7 @@ class LoopedConfig:
                             resume=False)
     init: str = flag('torch', "first weights: torch is PyTorch's default, with embeddings N(0, 1);\n"
                      'gpt2 is N(0, 0.02) and smaller updates', ('torch', 'gpt2'), resume=False)
-    supervision: str = flag('per_loop', 'loss at every exit, or at the last alone', SUPERVISIONS)
+    supervision: str = flag('per_loop', 'where the loss is: at every exit, or at the last', SUPERVISIONS)
     norm_penalty: float = flag(0.0, 'weight of mean(h^2) in the loss')
 
     def __post_init__(self):

@@ -62,7 +62,7 @@ def exit_gradient(model: LoopedGPT, h: torch.Tensor, k: int, targets: torch.Tens
     """dCE_k/dh_k of each token's own cross-entropy at exit k. (B, T, C) -> (B, T, C)"""
     h = h.detach().requires_grad_()
     with torch.enable_grad():
-        loss = cross_entropy(model.readout(h, k), targets).sum()
+        loss = model.exit_ce(h, targets, k).sum()
     return torch.autograd.grad(loss, h)[0]
 
 
