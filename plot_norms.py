@@ -54,7 +54,7 @@ def exit_losses(model: LoopedGPT, states: list, targets: torch.Tensor) -> torch.
     """Mean cross-entropy at exits 1, 2, ... as they were trained. K states (B, T, C) -> (K,)"""
     losses = []
     for k, h in enumerate(states, 1):
-        losses.append(cross_entropy(model.readout(h, k), targets).mean())
+        losses.append(model.exit_ce(h, targets, k).mean())
     return torch.stack(losses)
 
 
@@ -86,7 +86,7 @@ def scale_sensitivity(model, idx, targets):
     """Cross-entropy after the last state is multiplied by a factor: flat where the readout hides the norm."""
     h = model.states(idx)[-1]
     factors = torch.logspace(-1, 1, 21)
-    losses = [cross_entropy(model.readout(a * h), targets).mean() for a in factors.tolist()]
+    losses = [model.exit_ce(a * h, targets, None).mean() for a in factors.tolist()]
     return dict(factor=factors, ce=torch.stack(losses))
 
 
@@ -108,13 +108,14 @@ def loss_gradient(model, idx, targets):
     with its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit
     k's own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
     follow and s_k is the mean norm, with the C that makes it meet the curve at k = 1."""
-    model.checkpoint_loops = True  # one loop's or exit's graph at a time
+    before, model.checkpoint_loops = model.checkpoint_loops, True  # one loop's or exit's graph at a time
     with torch.enable_grad():
         states = model.states(idx)
         model.states = lambda *_: states  # so forward gives its loss as a function of these
         loss = model(idx, targets).loss
         del model.states
     gradients = torch.autograd.grad(loss, states, allow_unused=True, materialize_grads=True)
+    model.checkpoint_loops = before
     whole, signed, own = [], [], []
     for k, (h, g) in enumerate(zip(states, gradients), 1):
         whole.append(cosine(g, h).abs().mean())

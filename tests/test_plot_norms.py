@@ -532,19 +532,20 @@ def test_a_flag_that_cannot_work_is_one_line(run, flag):
 
 def test_bad_runs_are_named_in_one_line_and_the_rest_is_drawn(plot, workplace):
     runs = workplace / 'out'
-    for name in 'cut', 'young', 'foreign', 'moved', 'rms_copy':
+    for name in 'cut', 'young', 'early', 'foreign', 'moved', 'rms_copy':
         shutil.copytree(runs / 'rms', runs / name)
     (runs / 'cut' / 'ckpt.pt').write_bytes((runs / 'cut' / 'ckpt.pt').read_bytes()[:1000])
     (runs / 'young' / 'ckpt.pt').unlink()
+    change_checkpoint(runs / 'early', lambda state: state.update(log=state['log'][:1]))
     change_checkpoint(runs / 'foreign', lambda state: state['config'].update(eye='of a fork'))
     change_checkpoint(runs / 'moved', lambda state: state['config'].update(dataset='moved.txt'))
     code, out, err = plot('--panels=depth,training')
     assert code == 0 and '| per-loop + rms | 2 |' in out and '| per-loop + raw | 1 |' in out
     left_out = {line.split(':')[0]: line for line in err.splitlines() if 'left out' in line}
     said = {'out/cut': 'cannot be read', 'out/foreign': "'eye'", 'out/moved': 'moved.txt',
-            'out/rms_copy': 'copy of a run'}
+            'out/rms_copy': 'copy of a run', 'out/early': 'stopped before its first evaluation'}
     assert set(left_out) == set(said) and all(said[name] in line for name, line in left_out.items())
-    assert err.count('\n') == 7 + 4 + 1  # a folder without a checkpoint is no run
+    assert err.count('\n') == 8 + 5 + 1  # a folder without a checkpoint is no run
     assert 'no checkpoint' in plot('out/young', 'out/rms')[2]
 
 
