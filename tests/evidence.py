@@ -4,10 +4,10 @@ Run assets/evidence.md as it stands: train what its blocks train, and put what t
     python tests/evidence.py --jobs=2                (everything: hours)
     python tests/evidence.py --section=scale         (the sections with this word in their heading)
 
-A block of the page is bash. First its trainings (`python train.py`, `python forked.py`) run, several at a time:
-one that has finished is skipped, one that was stopped goes on. Then the rest of the block runs, and what it
-prints replaces what stands between the marks below the block. Columns of a table that the block does not print,
-such as the paper's, stay (headings of a table differ). The cells that changed are listed at the end.
+A block of the page is bash. First its trainings (`python train.py ...`) run, several at a time: one that has
+finished is skipped, one that was stopped goes on. Then the rest of the block runs, and what it
+prints replaces what stands between the marks below the block. Columns with `paper` in their heading stay; a row
+is known by its first cell. The cells that changed are listed at the end.
 """
 
 import argparse
@@ -30,15 +30,15 @@ BLOCK = re.compile(rf'```sh\n(.*?)```\n(?:\n{PRINTED}(.*?){END})?', re.DOTALL)
 TABLE = re.compile(r'(?:^\|.*\n)+', re.MULTILINE)
 
 # In place of the command `python`. One notes the trainings and does nothing else, one does all else.
-NOTE = r'python() { case "$1" in train.py|forked.py) printf "%s\037" "$@" >> "$LIST"; echo >> "$LIST";; esac; }'
-REST = r'python() { case "$1" in train.py|forked.py) ;; *) "$PYTHON" "$@";; esac; }'
+NOTE = r'python() { if [ "$1" = train.py ]; then printf "%s\037" "$@" >> "$LIST"; echo >> "$LIST"; fi; }'
+REST = r'python() { if [ "$1" != train.py ]; then "$PYTHON" "$@"; fi; }'
+ENV = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
 
 
 def bash(python: str, block: str, **variables) -> str:
     """What `block` prints. CalledProcessError: a command of it failed."""
-    env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1', **variables}
     command = ['bash', '-e', '-c', f'{python}\n{block}']
-    return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(command, env=ENV | variables, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def trainings(block: str) -> list[tuple]:
@@ -67,8 +67,8 @@ def train(words: tuple) -> str:
         words = [w for w in words if not w.startswith(('--init_from', '--out_dir'))]
         words += ['--resume', f'--out_dir={folder}']
     print(f'python {" ".join(words)}\n', end='', flush=True)  # in one piece, beside other threads
-    run = subprocess.run([sys.executable, *words], env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = subprocess.run([sys.executable, *words], env=ENV, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
     return f'{" ".join(words)}: exit {run.returncode} {run.stderr[-500:]}' if run.returncode else ''
 
 
@@ -77,14 +77,14 @@ def cells(table: str) -> list[list[str]]:
 
 
 def merge(old: str, new: str) -> tuple[str, list[str]]:
-    """`new`, with the columns that only the tables of `old` have; and a line for every cell that differs."""
+    """`new`, with the paper's columns of the tables in `old`; and a line for every cell that differs."""
     tables, changes = TABLE.findall(old), []
 
     def merged(match):
         now = cells(match[0])
         before = cells(tables.pop(0)) if tables else now
         rows = {row[0]: dict(zip(before[0], row)) for row in before}
-        kept = [name for name in before[0] if name not in now[0]]
+        kept = [name for name in before[0] if 'paper' in name]
         text = ''
         for row in now:
             was = rows.get(row[0], {})

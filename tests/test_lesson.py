@@ -345,9 +345,9 @@ python show.py
 ```
 
 <!-- printed -->
-| run | iterations | the paper's |
-|---|---|---|
-| s2 | 7 | 8 |
+| run | iterations | an old column | the paper's |
+|---|---|---|---|
+| s2 | 7 | 6 | 8 |
 <!-- end -->
 
 ## 2. Another
