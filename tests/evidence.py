@@ -7,7 +7,7 @@ Run assets/evidence.md as it stands: train what its blocks train, and put what t
 A block of the page is bash. First its trainings (`python train.py ...`) run, several at a time: one that has
 finished is skipped, one that was stopped goes on. Then the rest of the block runs, and what it
 prints replaces what stands between the marks below the block. Columns with `paper` in their heading stay; a row
-is known by its first cell. The cells that changed are listed at the end.
+is known by its first cell. The cells that moved by more than the spread they had are listed at the end.
 """
 
 import argparse
@@ -76,8 +76,24 @@ def cells(table: str) -> list[list[str]]:
     return [[c.strip() for c in re.split(r'(?<!\\)\|', line)[1:-1]] for line in table.splitlines()]
 
 
+def moved(was: str, now: str) -> bool:
+    """Whether a cell, `mean ± spread` or several with ` / ` between them, moved by more than the spread it
+    had; one without a spread: whether it is another."""
+    before, after = was.split(' / '), now.split(' / ')
+    if len(before) != len(after):
+        return True
+    for old, new in zip(before, after):
+        if '±' in old and '±' in new:
+            mean, spread = [float(x) for x in old.split('±')]
+            if abs(float(new.split('±')[0]) - mean) > spread:
+                return True
+        elif old != new:
+            return True
+    return False
+
+
 def merge(old: str, new: str) -> tuple[str, list[str]]:
-    """`new`, with the paper's columns of the tables in `old`; and a line for every cell that differs."""
+    """`new`, with the paper's columns of the tables in `old`; and a line for every cell that moved."""
     tables, changes = TABLE.findall(old), []
 
     def merged(match):
@@ -89,7 +105,7 @@ def merge(old: str, new: str) -> tuple[str, list[str]]:
         for row in now:
             was = rows.get(row[0], {})
             for name, cell in zip(now[0], row):
-                if was.get(name, cell) != cell:
+                if moved(was.get(name, cell), cell):
                     changes.append(f'{row[0]}, {name}: {was[name]} -> {cell}')
             text += f'| {" | ".join(row + [was.get(name, "") for name in kept])} |\n'
         return text

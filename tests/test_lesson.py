@@ -321,6 +321,18 @@ def test_every_training_of_the_evidence_is_a_command_that_train_py_takes(evidenc
         evidence.FlagParser(evidence.TrainConfig, '').parse(flags)
 
 
+def test_the_evidence_names_a_cell_that_moved_by_more_than_its_spread(evidence):
+    for was, now, moved in [('1843.3 ± 112.2', '1750.0 ± 80.0', False), ('1843.3 ± 112.2', '1720.0 ± 80.0', True),
+                            ('+5.2e-02 ± 4.2e-02', '-1.0e-03 ± 4e-02', True), ('7', '7', False), ('7', '8', True),
+                            ('1.0 ± 0.1 / 2.0 ± 0.1', '1.1 ± 0.1 / 2.2 ± 0.1', True),
+                            ('1.0 ± 0.1 / 2.0 ± 0.1', '1.0 ± 0.1', True)]:
+        assert evidence.moved(was, now) == moved, (was, now)
+    table = '| run | norm | of the paper |\n|---|---|---|\n| rms | {} | 8 |\n'
+    assert evidence.merge(table.format('9.0 ± 1.0'), table.format('9.5 ± 1.0'))[1] == []
+    assert evidence.merge(table.format('9.0 ± 1.0'), table.format('7.5 ± 1.0'))[1] == [
+        'rms, norm: 9.0 ± 1.0 -> 7.5 ± 1.0']
+
+
 def test_the_evidence_trains_what_is_missing_and_prints_into_the_page(tmp_path, evidence):
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
