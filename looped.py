@@ -17,7 +17,7 @@ import functools
 import math
 import numbers
 from dataclasses import dataclass, field, fields
-from typing import Iterator, NamedTuple, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -28,12 +28,14 @@ EPS = 1e-6
 
 # ------------------------------------------------------------------------------------------------------------
 # The options are three tables. A new row is by itself a new choice of --readout, --recurrence, --supervision.
+# A row of the first two makes, from the config, a module or a function of a state.
 
 
 def cut(h):
     """h. In backward, the part of the gradient g along h is removed: g - (g·h) h / |h|²."""
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp(min=1e-30)
-    return h * (norm.detach() / norm)  # a factor that is 1, but whose derivative is not 0
+    # the value is h; for backward it is a constant times h / |h|, which has no gradient along h
+    return h * (norm.detach() / norm)
 
 
 def power_norm(h, alpha):
@@ -81,7 +83,7 @@ SUPERVISIONS = {
 
 def flag(default, help: str, choices=(), low=0, high=None, result=True, resume=True):
     """A config field that is also a command-line flag: its meaning, what is allowed, whether it changes the
-    result (and so stands in the name of a run), and whether it may change once there are weights."""
+    result (and so stands in the name of a run), and whether --resume may change it."""
     rules = dict(help=help, choices=choices, low=low, high=high, result=result, resume=resume)
     return field(default=default, metadata=rules)
 
@@ -109,7 +111,7 @@ class LoopedConfig:
     norm_penalty: float = flag(0.0, 'weight of mean(h^2) in the loss')
 
     def __post_init__(self):
-        validate(self)
+        validate(self)  # at the end of this file
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd must be a multiple of n_head ({self.n_head}), got {self.n_embd}')
 
@@ -117,7 +119,7 @@ class LoopedConfig:
 class Block(nn.Module):
     """x = x + attn(norm(x)); x = x + mlp(norm(x)).  (B, T, C) -> (B, T, C)
 
-    Pre-norm: what is added depends on the direction of x alone, so its size knows nothing of the norm of x.
+    Pre-norm: what is added depends on the direction of x alone, so its size does not depend on the norm of x.
     """
 
     def __init__(self, cfg: LoopedConfig):
@@ -150,7 +152,7 @@ class Block(nn.Module):
             if past:
                 k = torch.cat((past[0], k), dim=2)
                 v = torch.cat((past[1], v), dim=2)
-            past[:] = k, v
+            past[:] = k, v  # kept for the next call
         causal = q.size(2) == k.size(2)  # otherwise the one new position, which may see everything
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
@@ -161,7 +163,7 @@ class Block(nn.Module):
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of each token, in nats; 0 where the target is -100. (B, T, V), (B, T) -> (B, T)"""
+    """Of each token in nats, in float32 at least; 0 where the target is -100. (B, T, V), (B, T) -> (B, T)"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
 
@@ -187,8 +189,8 @@ class LoopedGPT(nn.Module):
         self.exposure = READOUTS[cfg.readout](cfg)  # what `readout` applies before W
         self.output_bias = None
         if cfg.output_bias != 'none':  # train.py fills in the unigram frequencies
-            self.output_bias = nn.Parameter(torch.zeros(cfg.vocab_size), cfg.output_bias == 'learned')
-        self.checkpoint_loops = False  # True: keep one state per loop for backward, compute the rest again
+            bias = torch.zeros(cfg.vocab_size)
+            self.output_bias = nn.Parameter(bias, requires_grad=cfg.output_bias == 'learned')
         self.cross_entropy = cross_entropy  # compile_regions puts a compiled one here
         if cfg.init == 'gpt2':
             self.init_gpt2()
@@ -228,11 +230,13 @@ class LoopedGPT(nn.Module):
 
     def states(self, idx: torch.Tensor, loops: int | None = None, cache: dict | None = None) -> list:
         """[h_1 .. h_K], each (B, T, C), just as loop k left it, differentiable. idx (B, T) holds token ids;
-        `loops` is any depth from 1 on, None the trained one. `cache`, for generation, is an empty dict that
-        fills with keys and values; from the second call on, give it one new position at a time, at the same
-        depth. ValueError: anything else."""
+        `loops` is any depth from 1 on, None the trained one. `cache`, for generation, is an empty dict at
+        first, in which keys and values are kept; then give it one new position per call, at the same depth.
+        ValueError for anything else."""
         loops = self.cfg.loops if loops is None else loops
-        start, depth = (0, loops) if not cache else (cache['positions'], cache['loops'])
+        start, depth = 0, loops
+        if cache:
+            start, depth = cache['positions'], cache['loops']
         T = idx.size(1)
         if not 1 <= start + T <= self.cfg.block_size:
             raise ValueError(f'positions must be 1 to block_size {self.cfg.block_size}, got {start + T}')
@@ -244,7 +248,7 @@ class LoopedGPT(nn.Module):
         h = h_0 = self.embed(idx, start)
         states = []
         for k in range(1, loops + 1):
-            h = self.recomputed(self.step, h, h_0, k, cache)
+            h = self.step(h, h_0, k, cache)
             states.append(h)
         if cache is not None:
             cache.update(positions=start + T, loops=loops)
@@ -270,7 +274,7 @@ class LoopedGPT(nn.Module):
         plus norm_penalty times the mean of h². The last loop that runs is read through the last exit. Targets
         of -100 are not counted. ValueError: targets of another shape than idx."""
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f'targets must have the shape {list(idx.shape)} of idx, not {list(targets.shape)}')
+            raise ValueError(f'targets must be of shape {list(idx.shape)}, as idx, not {list(targets.shape)}')
         states = self.states(idx, loops)
         norms = torch.stack([h.detach().float().norm(dim=-1).mean() for h in states])
         if targets is None:
@@ -282,8 +286,8 @@ class LoopedGPT(nn.Module):
         for k, (h, weight) in enumerate(zip(states, weights), 1):
             if weight == 0 and self.training:  # in eval every exit is reported
                 continue
-            exit_k = k if k < len(states) else None
-            ce = self.recomputed(self.exit_ce, h, targets, exit_k)                                    # (B, T)
+            exit_k = k if k < len(states) else None  # the last loop that runs has the last exit
+            ce = self.exit_ce(h, targets, exit_k)                                                     # (B, T)
             loss = loss + weight * ce.sum() / counted
             losses.append(ce.detach().sum() / counted)
         if self.cfg.norm_penalty:
@@ -291,20 +295,14 @@ class LoopedGPT(nn.Module):
             loss = loss + self.cfg.norm_penalty * mean_squares.mean()
         return Output(loss, torch.stack(losses), norms, None)
 
-    def recomputed(self, function, *args):
-        """function(*args); with checkpoint_loops, backward computes it again and nothing inside is kept."""
-        if self.checkpoint_loops and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     # Use
 
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
-               temperature: float = 1.0, top_k: int | None = None) -> Iterator[torch.Tensor]:
-        """Continue idx (B, T) token by token: yields (B, 1) ids. temperature 0 is greedy. model.eval() first.
-        Keys and values of every loop and block are kept, so a new token costs one position. Past block_size
-        the window slides: every token then stands at another position, and a new one costs a whole window."""
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
+                 temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
+        """idx (B, T) and its continuation: (B, T + max_new_tokens). temperature 0 is greedy. model.eval()
+        first. Keys and values of every loop and block are kept, so a new token costs one position. Past
+        block_size the window slides: every token is at another position, and a new one costs the window."""
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f'temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}')
         cache = {}
@@ -319,17 +317,17 @@ class LoopedGPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature < 1e-6:
+            if temperature < 1e-6:  # 0, or so small that the quotient would overflow
                 token = logits.argmax(-1, keepdim=True)
             else:
                 token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
             idx = torch.cat((idx, token), dim=1)
-            yield token
+        return idx
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, loops: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
-        """idx (B, T) and its continuation by `stream`: (B, T + max_new_tokens)."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, loops, temperature, top_k)], dim=1)
+    def recompute(self):
+        """From now on, backward computes loops and exits again, and keeps one state per loop alone."""
+        self.step = functools.partial(checkpoint, self.step, use_reentrant=False)
+        self.exit_ce = functools.partial(checkpoint, self.exit_ce, use_reentrant=False)
 
     def compile_regions(self):
         """torch.compile one block, which every layer and loop reuses, and the cross-entropy of logits: what
@@ -344,8 +342,8 @@ class LoopedGPT(nn.Module):
         self.cross_entropy = torch.compile(cross_entropy)
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of a training step, forward and backward, per token: 6 per weight of a
-        matrix and visit, 12·C·T per visit for attention. What is computed again is not counted."""
+        """Floating-point operations of a training step per token: 6 per weight of a matrix and visit (one run
+        of one block), 12·C·T per visit for attention. What is computed again is not counted."""
         C, T, V = self.cfg.n_embd, self.cfg.block_size, self.cfg.vocab_size
         visits = self.cfg.loops * self.cfg.n_layer
         exits = sum(w > 0 for w in SUPERVISIONS[self.cfg.supervision](self.cfg.loops))
@@ -364,7 +362,9 @@ def validate(config):
         if kind not in kinds:
             continue
         abstract, allowed = kinds[kind]
-        valid = isinstance(value, abstract) and (kind is bool or not isinstance(value, bool))
+        valid = isinstance(value, abstract)
+        if kind is not bool and isinstance(value, bool):  # True is an Integral, but no number of loops
+            valid = False
         if valid and rules.get('choices'):
             valid = value in rules['choices']
             allowed = f'one of {", ".join(rules["choices"])}'

@@ -9,7 +9,6 @@ A run is a folder: ckpt.pt, and log.jsonl (the flags, then one line per logged s
 
 import argparse
 import ast
-import difflib
 import io
 import json
 import math
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.prepare import BUILTIN, UserError, prepare, read_meta
+from data.prepare import BUILTIN, UserError, prepare
 from looped import LoopedConfig, LoopedGPT, flag
 
 
@@ -37,7 +36,7 @@ class TrainConfig(LoopedConfig):
     dataset: str = flag('python', f'{", ".join(BUILTIN)}, or a file or folder of your own text')
     init_from: str = flag('', 'folder of a run whose weights and flags this one starts from')
     batch_size: int = flag(8, 'sequences per micro-step', low=1, high=2 ** 20)
-    gradient_accumulation_steps: int = flag(1, 'micro-steps per update, over all processes', low=1)
+    gradient_accumulation_steps: int = flag(1, 'micro-steps per update, shared by all processes', low=1)
     max_iters: int = flag(1600, 'updates in all', low=1)
     learning_rate: float = flag(1e-2, 'after the warm-up')
     warmup_iters: int = flag(0, 'updates of linear warm-up')
@@ -48,7 +47,9 @@ class TrainConfig(LoopedConfig):
     beta2: float = flag(0.999, 'of AdamW', high=0.99999)
     grad_clip: float = flag(1.0, 'largest norm of the gradient; 0 does not clip')
     seed: int = flag(1, 'of weights, batches and dropout', high=2 ** 32)
-    dtype: str = flag('auto', 'of products; auto: bfloat16 if cuda has it', ('auto', 'float32', 'bfloat16'))
+    dtype: str = flag('auto', 'of matrix products; auto: bfloat16 on a GPU that has it',
+                      ('auto', 'float32', 'bfloat16'))
+    # from here on: without influence on the result, so not in the name of the run
     device: str = flag('auto', 'auto is cuda, then mps, then cpu; also cuda:1', result=False)
     compile: str = flag('auto', 'torch.compile; auto: cuda on Linux', ('auto', 'True', 'False'), result=False)
     checkpoint_loops: bool = flag(False, 'less memory: compute loops again in backward', result=False)
@@ -64,48 +65,37 @@ class TrainConfig(LoopedConfig):
 # The command line. sample.py and plot_norms.py use it, too.
 
 
-class FlagParser(argparse.ArgumentParser):
-    """A parser with a flag for each field of a dataclass. A mistake is one line that names the flag."""
-
-    def __init__(self, config_class, about: str):
-        super().__init__(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-        self.config_class = config_class
-        defaults = config_class()
-        model, training, machine = map(self.add_argument_group, ('model', 'training', 'machine and output'))
-        for f in fields(config_class):
-            group = self  # of sample.py and plot_norms.py
-            if issubclass(config_class, TrainConfig):
-                group = training if f.metadata.get('result', True) else machine
-                if f.name in LoopedConfig.__dataclass_fields__:
-                    group = model
-            kind = f.type if f.type in (int, float, str) else literal
-            choices = f.metadata.get('choices') or None
-            metavar = None if choices else getattr(f.type, '__name__', 'value').upper()
-            alone = dict(nargs='?', const=True) if f.type is bool else {}  # --resume is --resume=True
-            text = f'{f.metadata.get("help", "")} (default: {getattr(defaults, f.name)!r})'
-            group.add_argument(f'--{f.name}', type=kind, choices=choices, metavar=metavar, **alone,
-                               default=argparse.SUPPRESS, help=text.replace('%', '%%'))
-
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: {message} (see --help)\n')
-
-    def parse(self, argv: list[str] | None):
-        """(the config, the dict of what was typed). Exits with 2 where a flag or its value is not allowed."""
-        typed, unknown = self.parse_known_args(argv)
-        names = [f.name for f in fields(self.config_class)]
-        if unknown:
-            name = unknown[0].split('=')[0].strip('-')
-            near = difflib.get_close_matches(name, names, n=1)
-            self.error(f'{unknown[0]} is no flag' + (f'; did you mean --{near[0]}?' if near else ''))
-        typed = vars(typed)
-        try:
-            return self.config_class(**{name: typed[name] for name in names if name in typed}), typed
-        except ValueError as e:
-            self.error(f'--{e}')
+def parse_flags(config_class, about: str, argv: list[str] | None, **positional) -> tuple:
+    """The config, and the dict of what was typed: a flag for each field of a dataclass, and `positional`
+    arguments. A mistake ends in one line that names the flag, and exit code 2."""
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message} (see --help)\n')
+    for name, options in positional.items():
+        parser.add_argument(name, **options)
+    model, training, machine = map(parser.add_argument_group, ('model', 'training', 'machine and output'))
+    defaults = config_class()
+    for f in fields(config_class):
+        group = parser  # sample.py and plot_norms.py have one group
+        if issubclass(config_class, TrainConfig):
+            group = training if f.metadata.get('result', True) else machine
+            if f.name in LoopedConfig.__dataclass_fields__:
+                group = model
+        choices = f.metadata.get('choices') or None
+        metavar = None if choices else getattr(f.type, '__name__', 'value').upper()
+        bare = dict(nargs='?', const=True) if f.type is bool else {}  # --resume is --resume=True
+        text = f'{f.metadata.get("help", "")} (default: {getattr(defaults, f.name)!r})'
+        group.add_argument(f'--{f.name}', type=str if f.type is str else literal, choices=choices, **bare,
+                           metavar=metavar, default=argparse.SUPPRESS, help=text.replace('%', '%%'))
+    typed = vars(parser.parse_args(argv))
+    try:
+        return config_class(**{name: typed[name] for name in typed if name not in positional}), typed
+    except ValueError as e:  # its message begins with the name of the field
+        parser.error(f'--{e}')
 
 
 def literal(text: str):
-    """True, None, (1, 2): the value of a flag that is no int, float or str; or else the text itself."""
+    """3, 1e-2, True, (1, 2): a value as Python writes it, or else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -120,10 +110,7 @@ def one_line_errors(main):
         try:
             code = main(argv)
         except UserError as e:
-            message = ' '.join(str(e).split())[:600]
-            code = f'{Path(main.__code__.co_filename).name}: {message}'
-            if os.environ.get('RANK', '0') != '0':
-                code = 1  # of several processes, the first one says it
+            code = f'error: {" ".join(str(e).split())[:600]}'
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:  # python sample.py ... | head -1
@@ -135,33 +122,12 @@ def one_line_errors(main):
 
 
 def say(line: str):
-    """Print a line. Where nobody reads any more, training goes on: Ctrl-C has ended `| tee log`, too."""
+    """Print a line. If its reader is gone (Ctrl-C ends the tee of `train.py | tee log`, too), go on without
+    printing, so that the run is still saved."""
     try:
         print(line, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, 'w')
-
-
-def pick_device(name: str, n_embd: int = 0) -> torch.device:
-    """'auto' is CUDA, then MPS, then the CPU. UserError for a device that is not here."""
-    mps_is_right = torch.__version__ >= (2, 13)  # before, attention there is wrong (pytorch issue 195910)
-    if name == 'auto':
-        mps = torch.backends.mps.is_available() and mps_is_right
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    if name.startswith('mps') and not mps_is_right:
-        raise UserError('on MPS, attention is wrong before torch 2.13: give --device=cpu')
-    if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise UserError(f'--device={name} does not work here, try --device=auto ({e})') from e
-    device = torch.device(name)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    elif device.type == 'cpu' and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(1)  # a small model's threads wait for each other on a busy machine
-    return device
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,9 +135,9 @@ def pick_device(name: str, n_embd: int = 0) -> torch.device:
 
 
 def load_tokens(cfg: TrainConfig, corpus: str | None = None) -> tuple[dict, dict]:
-    """({split: uint16 tokens}, meta), prepared if need be. UserError: not the text with the hash `corpus`."""
-    folder = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
-    meta = read_meta(folder)
+    """({split: uint16 tokens}, meta), prepared if need be. `corpus` is the hash that a checkpoint has of its
+    text. UserError: this is another text."""
+    folder, meta = prepare(cfg.dataset, cfg.vocab_size, min_tokens=cfg.block_size + 1)
     if corpus not in (None, meta['hash']):
         raise UserError(f'{cfg.dataset} is not the text that this run was trained on: it was edited, is of '
                         f'another Python, or the text has moved (then --dataset= says where it is)')
@@ -190,13 +156,9 @@ def windows(tokens, starts, block_size: int, device) -> tuple[torch.Tensor, torc
     return ids[:, :-1], ids[:, 1:]
 
 
-def get_batch(tokens, cfg: TrainConfig, it: int, micro_step: int, device):
-    """idx and targets (batch_size, block_size) of one micro-step of iteration `it`; sets the seed of its
-    dropout, too. Both are functions of (seed, micro_step, it): neither a resume nor the number of processes
-    that share the micro-steps changes what is trained."""
-    rng = np.random.default_rng((cfg.seed, micro_step, it))
+def get_batch(tokens, cfg: TrainConfig, rng: np.random.Generator, device):
+    """idx and targets (batch_size, block_size): windows that rng draws."""
     starts = rng.integers(len(tokens) - cfg.block_size, size=cfg.batch_size)
-    torch.manual_seed(int(rng.integers(2 ** 63)))
     return windows(tokens, starts, cfg.block_size, device)
 
 
@@ -208,8 +170,8 @@ def eval_batches(tokens, cfg: TrainConfig, count: int, device):
 
 
 @torch.no_grad()
-def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, signals=()) -> dict:
-    """Means over cfg.eval_iters batches per split, over one if a stop is asked for; the norms are of val."""
+def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast) -> dict:
+    """Means over cfg.eval_iters batches per split; the norms are of val."""
     model.eval()
     line = {}
     for split in 'train', 'val':
@@ -219,8 +181,6 @@ def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, signal
                 out = model(idx, targets)
             losses.append(out.losses)
             norms.append(out.norms)
-            if signals:
-                break
         line[f'{split}_losses'] = torch.stack(losses).mean(0).tolist()
     line['norms'] = torch.stack(norms).mean(0).tolist()
     nats_per_byte = line['val_losses'][-1] * meta['tokens']['val'] / meta['bytes']['val']
@@ -229,22 +189,14 @@ def evaluate(model, cfg: TrainConfig, tokens: dict, meta: dict, autocast, signal
     return line
 
 
-def report_evaluation(line: dict, it: int, cfg: TrainConfig):
-    losses = ' '.join(f'{x:.3f}' for x in line['val_losses'])
-    norms = ' '.join(f'{x:.1f}' for x in line['norms'])
-    say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {losses}  ({line["bpb"]:.3f} bits per byte)\n'
-        f'             state norm, loops 1..{cfg.loops}: {norms}')
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The optimizer
 
 
 def configure_optimizer(model: LoopedGPT, cfg: TrainConfig) -> torch.optim.Optimizer:
     params = list(model.parameters())  # one group, as the authors have it: gains decay like matrices
-    fused = params[0].device.type in ('cpu', 'cuda')
     betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(params, cfg.learning_rate, betas, weight_decay=cfg.weight_decay, fused=fused)
+    return torch.optim.AdamW(params, cfg.learning_rate, betas, weight_decay=cfg.weight_decay, fused=True)
 
 
 def get_lr(it: int, cfg: TrainConfig) -> float:
@@ -263,7 +215,7 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
 
 
 def result_flags(cfg: TrainConfig, base: TrainConfig | None = None) -> dict:
-    """The flags that change the result of a run, where they differ from `base`, else from their defaults."""
+    """The flags that change the result and differ from those of `base`; without it, from their defaults."""
     base = base or type(cfg)()
     names = [f.name for f in fields(cfg) if f.metadata.get('result', True)]
     return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(base, name)}
@@ -318,12 +270,15 @@ def write_file(path: Path, data: bytes):
 
 
 def save(out_dir: Path, log: list[dict], model, optimizer, it: int, cfg: TrainConfig, corpus: str):
-    """Tensors and plain values only, so that the checkpoint loads without running code. It has the log, too:
-    one file, replaced at once, is the whole run, and log.jsonl is a copy of its log to read."""
+    """Tensors and plain values only, so that the checkpoint loads without running code. It holds the log,
+    too: one rename saves the whole run, and log.jsonl is a copy to read. UserError: weights that are not
+    finite, or a full disk."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f'weights not finite at iteration {it}; what was saved stays: lower --learning_rate')
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it, log=log,
                  config=asdict(cfg), corpus=corpus)
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # so that what can go wrong below is the disk alone
+    torch.save(state, buffer)  # in memory first: what fails below is only the disk
     write_file(out_dir / 'ckpt.pt', buffer.getbuffer())
     write_file(out_dir / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log).encode())
 
@@ -334,18 +289,20 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         saved = TrainConfig(**state['config'])
+        # how that run was started is not inherited
         cfg = replace(saved, **{'resume': False, 'overwrite': False, **(given or {})})
-        weights = dict(state['model'])  # plain: torch's own may ask to take tensors instead of copying them
+        # a plain dict: a file's _metadata could make torch adopt its tensors instead of copying them
+        weights = dict(state['model'])
         state['iter'] = int(state['iter'])
     except OSError as e:
         raise UserError(f'no checkpoint {path} ({e.strerror}): name the folder of a trained run') from e
-    except Exception as e:  # whatever a foreign file brings, less torch's advice to load it unsafely
+    except Exception as e:  # a foreign file can raise anything, and torch's message advises to trust it
         reason = 'not a file of train.py' if 'weights_only' in str(e) else f'{type(e).__name__}: {e}'
         raise UserError(f'{path} cannot be read by this train.py and flags ({reason})') from e
     state['changed'] = result_flags(cfg, saved)
     for name in state['changed']:
         if not TrainConfig.__dataclass_fields__[name].metadata.get('resume', True):
-            raise UserError(f'--{name} acts on fresh weights alone: leave it out, or start from none')
+            raise UserError(f'--{name} only acts on new weights: leave it out')
     model = LoopedGPT(cfg).eval()
     try:
         model.load_state_dict(weights)
@@ -357,62 +314,57 @@ def load_checkpoint(path: Path, given: dict | None = None) -> tuple[LoopedGPT, T
 def load_moments(optimizer, state: dict, path: Path):
     """Go on with the moments of a checkpoint. UserError: they are not those of these parameters."""
     try:
+        # the moments of the file, the rate and decay of the flags
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
-        if state['iter'] and not optimizer.state:
-            raise ValueError('there are none')
         for p, moments in optimizer.state.items():
             for name, t in moments.items():
                 # A fused step trusts shape and strides: a file must not choose where it reads and writes.
                 fresh = torch.empty((), device=t.device) if name == 'step' else torch.empty_like(p)
-                if t.shape != fresh.shape:
-                    raise ValueError(f'{name} of shape {list(t.shape)} for weights of shape {list(p.shape)}')
-                moments[name] = fresh.copy_(t)
-    except Exception as e:  # whatever a foreign file brings
+                moments[name] = fresh.copy_(t.view(fresh.shape))
+    except Exception as e:  # a foreign file can raise anything
         raise UserError(f'{path} is of another optimizer ({type(e).__name__}: {e}): try --init_from') from e
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The recipe
+# Device, signals, processes
 
 
-def check_finite(numbers: list, it: int):
-    """UserError, before anything is saved, where a loss or a norm is inf or nan."""
-    if not all(math.isfinite(x) for x in numbers):
-        raise UserError(f'loss not finite at iteration {it}; what was saved stays: lower --learning_rate')
-
-
-def try_step(model: LoopedGPT, idx, targets, autocast):
-    """One step whose gradient is thrown away. What is compiled is compiled here, and not in the first timed
-    step, and what does not fit fails here, before the run's files change. UserError, with advice."""
+def pick_device(name: str, n_embd: int = 0) -> torch.device:
+    """'auto' is CUDA, then MPS, then the CPU, where a model of few channels gets one thread. UserError for a
+    device that does not work here."""
+    mps_is_right = torch.__version__ >= (2, 13)  # before, attention there is wrong (pytorch issue 195910)
+    if name == 'auto':
+        mps = torch.backends.mps.is_available() and mps_is_right
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if name.startswith('mps') and not mps_is_right:
+        raise UserError('on MPS, attention is wrong before torch 2.13: give --device=cpu')
+    if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
-        with autocast:
-            out = model(idx, targets)
-        out.loss.backward()
-    except (RuntimeError, MemoryError) as e:
-        said = f'{type(e).__name__}: {e}'
-        if re.search('OutOfMemory|MemoryError|out of memory|allocate memory', said):
-            raise UserError(f'out of memory in the first step: give a smaller --batch_size with more '
-                            f'--gradient_accumulation_steps, or --checkpoint_loops ({said})') from e
-        if 'compiler' in said:
-            raise UserError(f'torch.compile does not work here: give --compile=False ({said})') from e
-        raise
-    model.zero_grad(set_to_none=True)
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise UserError(f'--device={name} does not work here, try --device=auto ({e})') from e
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    elif device.type == 'cpu' and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(1)  # more are no faster, and on a busy machine they wait for each other
+    return device
 
 
 @contextmanager
 def stop_signals():
-    """The list of signals that have come. Ctrl-C or SIGTERM asks for a stop; a second one is not caught."""
-    signals, before = [], {}
+    """A list that fills with the signals that arrive. Ctrl-C or SIGTERM asks for a stop; a second one is not
+    caught, and ends the process at once."""
+    signals = []
 
     def ask(signum, frame):
         signals.append(signum)
-        for s in before:
-            signal.signal(s, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
         with suppress(OSError):  # the same Ctrl-C has ended the reader of `2>&1 | tee log`
             os.write(2, b'stopping and saving (once more: at once, without saving)\n')
 
-    for s in (signal.SIGINT, signal.SIGTERM):
-        before[s] = signal.signal(s, ask)
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
@@ -421,7 +373,7 @@ def stop_signals():
 
 
 def agree(number: int, world: int) -> int:
-    """The largest of the numbers that the processes bring. They wait for each other here."""
+    """The largest of the numbers that the processes bring. All wait here for each other."""
     if world == 1:
         return number
     numbers = torch.tensor([number])  # on the CPU, so no GPU is waited for
@@ -429,9 +381,18 @@ def agree(number: int, world: int) -> int:
     return int(numbers)
 
 
-def train(cfg: TrainConfig, given: dict) -> int:
-    """The recipe, top to bottom. `given` is what was typed: with --resume and --init_from, the other flags
-    are those of the run that goes on. Gives 0, or 128 + the signal that stopped it."""
+# ------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+@one_line_errors
+def main(argv):
+    """The recipe, top to bottom. Gives 0, or 128 + the signal that stopped it."""
+    # `given` is what was typed: with --resume and --init_from, all other flags are those of the earlier run
+    cfg, given = parse_flags(TrainConfig, __doc__, argv)
+    if cfg.resume and (cfg.overwrite or cfg.init_from):
+        raise UserError('--resume continues the run in --out_dir: leave out --overwrite and --init_from')
+
     # Processes: torchrun sets these. All train, the first one alone prints and writes.
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     first = rank == 0
@@ -439,15 +400,11 @@ def train(cfg: TrainConfig, given: dict) -> int:
         sys.stdout = open(os.devnull, 'w')
 
     # What to go on from: nothing, the weights of another run, or the run in out_dir
-    if cfg.resume and (cfg.overwrite or cfg.init_from):
-        raise UserError('--resume continues the run in --out_dir: leave out --overwrite and --init_from')
     model, state = None, dict(iter=0, changed={}, log=[], corpus=None)
     if cfg.init_from:
         path = Path(cfg.init_from).expanduser() / 'ckpt.pt'
-        model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})  # '': a folder of its own
+        model, cfg, _ = load_checkpoint(path, {'out_dir': '', **given})  # '': not the folder of that run
     out_dir = run_folder(cfg)
-    # a folder that is there is locked before its checkpoint is read, and to the end
-    lock = claim(out_dir, cfg) if first and os.path.exists(out_dir) else None
     if cfg.resume:
         model, cfg, state = load_checkpoint(out_dir / 'ckpt.pt', given)
 
@@ -455,7 +412,7 @@ def train(cfg: TrainConfig, given: dict) -> int:
     device = pick_device(cfg.device, cfg.n_embd)
     cuda = device.type == 'cuda'
     if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')  # gloo for what `agree` agrees on
     micro_steps = cfg.gradient_accumulation_steps
     if micro_steps % world:
         raise UserError(f'{world} processes share --gradient_accumulation_steps: give a multiple of {world}')
@@ -480,52 +437,59 @@ def train(cfg: TrainConfig, given: dict) -> int:
         torch.manual_seed(cfg.seed)
         model = LoopedGPT(cfg)
         if cfg.output_bias == 'unigram':
-            counts = 1 + np.bincount(tokens['train'], minlength=cfg.vocab_size)  # so that none is -inf
+            # 1 +: a token that never occurs must not get -inf
+            counts = 1 + np.bincount(tokens['train'], minlength=cfg.vocab_size)
             model.output_bias.data = torch.from_numpy(counts / counts.sum()).log().float()
-    model.checkpoint_loops = cfg.checkpoint_loops
     model.to(device).train()
+    if cfg.checkpoint_loops:
+        model.recompute()
     optimizer = configure_optimizer(model, cfg)
-    start, changed = state['iter'], state['changed']
+    it, changed = state['iter'], state['changed']
     if cfg.resume:
         load_moments(optimizer, state, out_dir / 'ckpt.pt')
-        say(f'resumed at iteration {start} of {cfg.max_iters}, changed flags: {changed or "none"}')
+        say(f'resumed at iteration {it} of {cfg.max_iters}, changed flags: {changed or "none"}')
     compiled = cfg.compile == 'True' or cfg.compile == 'auto' and cuda and sys.platform == 'linux'
     if compiled:
         model.compile_regions()
-    try_step(model, *get_batch(tokens['train'], cfg, start, 0, device), autocast)
 
-    # The folder, and its log; what is there changes when there is something new to save
-    if first:
-        lock = lock or claim(out_dir, cfg)
-    log = [asdict(cfg), *state['log'][1:]]
+    # The folder, made only now that all flags are known to work, and its log
+    lock = claim(out_dir, cfg) if first else None  # held to the end
+    log = [asdict(cfg), *state['log'][1:]]  # its first line is the flags, as they are now
     if changed:
-        log.append(dict(iter=start, changed=changed))
+        log.append(dict(iter=it, changed=changed))
     evaluated = [line['iter'] for line in log if 'val_losses' in line]
     parameters = sum(p.numel() for p in model.parameters())
     say(f'{parameters:,} parameters, {meta["tokens"]["train"]:,} training tokens; {world} x {device}, '
         f'{"bfloat16" if bf16 else "float32"}, {"compiled" if compiled else "eager"}; run folder {out_dir}')
 
+    # One step whose gradient is thrown away. What is compiled is compiled here, and not in the first timed
+    # step, and what does not fit in memory fails here, before a file changes.
+    rng = np.random.default_rng(0)
+    with autocast:
+        out = model(*get_batch(tokens['train'], cfg, rng, device))
+    out.loss.backward()
+    optimizer.zero_grad(set_to_none=True)
+
     # The loop
-    it = start
+    clock, clock_it = time.perf_counter(), it
     with stop_signals() as signals:
         while True:
             # evaluate and save
             stop = agree(max(signals, default=0), world)  # so that all stop before the same step
-            if stop or it % cfg.eval_interval == 0 or it in (start, cfg.max_iters):
-                line = evaluate(model, cfg, tokens, meta, autocast, signals)
-                stop = agree(max(signals, default=0), world)  # what came meanwhile has cut it short
-                check_finite(line['val_losses'] + line['norms'], it)
-                # a resume begins with nothing new, but where Ctrl-C had cut this evaluation short
-                new = it > start or not (changed or it in evaluated)
-                if not stop:
-                    report_evaluation(line, it, cfg)
-                if new and not stop:
-                    log.append(dict(iter=it, **line))
-                if new and first:
-                    save(out_dir, log, model, optimizer, it, cfg, meta['hash'])
-                clock, clocked = time.perf_counter(), it
+            due = (it % cfg.eval_interval == 0 or it == cfg.max_iters) and it not in evaluated
+            if due and not stop:
+                line = evaluate(model, cfg, tokens, meta, autocast)
+                log.append(dict(iter=it, **line))
+                exits = ' '.join(f'{ce:.3f}' for ce in line['val_losses'])
+                loops = ' '.join(f'{norm:.1f}' for norm in line['norms'])
+                say(f'eval {it:>6}  val CE at exits 1..{cfg.loops}: {exits}  ({line["bpb"]:.3f} bits per '
+                    f'byte)\n             state norm, loops 1..{cfg.loops}: {loops}')
+            if first and (due or stop):
+                save(out_dir, log, model, optimizer, it, cfg, meta['hash'])
             if stop or it >= cfg.max_iters:
                 break
+            if due:
+                clock, clock_it = time.perf_counter(), it
 
             # one update: the mean gradient of all micro-steps, of which each process does its share
             lr = get_lr(it, cfg)
@@ -533,7 +497,10 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 group['lr'] = lr
             loss, norms = 0.0, 0.0
             for micro_step in range(rank, micro_steps, world):
-                idx, targets = get_batch(tokens['train'], cfg, it, micro_step, device)
+                # of these three alone: neither a resume nor the number of processes changes what is trained
+                rng = np.random.default_rng((cfg.seed, micro_step, it))
+                idx, targets = get_batch(tokens['train'], cfg, rng, device)
+                torch.manual_seed(int(rng.integers(2 ** 63)))  # of dropout
                 with autocast:
                     out = model(idx, targets)
                 (out.loss / micro_steps).backward()
@@ -556,15 +523,16 @@ def train(cfg: TrainConfig, given: dict) -> int:
                 if world > 1:
                     dist.all_reduce(loss)
                     dist.all_reduce(norms)
-                loss, norms = loss.item(), norms.tolist()  # in a step, only this waits for the device
-                check_finite([loss, *norms], it)
-                seconds = (time.perf_counter() - clock) / (it - clocked)
-                clock, clocked = time.perf_counter(), it
+                loss, norms = loss.item(), norms.tolist()  # CPU-GPU sync points; a step has no others
+                if not math.isfinite(loss):
+                    raise UserError(f'loss not finite at iteration {it}: lower --learning_rate')
+                seconds = (time.perf_counter() - clock) / (it - clock_it)
+                clock, clock_it = time.perf_counter(), it
                 rate = cfg.batch_size * micro_steps * cfg.block_size / seconds
                 left = timedelta(seconds=round(seconds * (cfg.max_iters - it)))
-                work = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
+                tflops = f'  {rate * model.flops_per_token() / 1e12:.0f} TFLOP/s' if cuda else ''
                 say(f'iter {it:>6}/{cfg.max_iters}  loss {loss:.4f}  norm {norms[0]:.1f} -> {norms[-1]:.1f}  '
-                    f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{work}  {left} left')
+                    f'{seconds * 1e3:.0f} ms  {rate:,.0f} tok/s{tflops}  {left} left')
                 log.append(dict(iter=it, loss=loss, norms=norms, lr=lr, ms=seconds * 1e3))
 
     if stop:
@@ -573,14 +541,9 @@ def train(cfg: TrainConfig, given: dict) -> int:
     if world > 1:
         agree(0, world)  # no process leaves while another still talks to it
         dist.destroy_process_group()
-        # at once: gloo's threads may hold tensors, and then abort Python's own way out (pytorch issue 179291)
+        # skip Python's clean-up, which gloo's threads may abort (pytorch issue 179291)
         os._exit(code)
     return code
-
-
-@one_line_errors
-def main(argv):
-    return train(*FlagParser(TrainConfig, __doc__).parse(argv))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from looped import LoopedGPT, flag  # noqa: E402
-from train import FlagParser, TrainConfig, configure_optimizer, pick_device  # noqa: E402
+from train import TrainConfig, configure_optimizer, parse_flags, pick_device  # noqa: E402
 
 DEPTHS = 1, 4, 8, 16
 
@@ -52,7 +52,8 @@ def make(cfg, device, **other):
     cfg = replace(cfg, **other)
     torch.manual_seed(0)
     model = LoopedGPT(cfg).to(device).train()
-    model.checkpoint_loops = cfg.checkpoint_loops
+    if cfg.checkpoint_loops:
+        model.recompute()
     return model
 
 
@@ -275,9 +276,8 @@ SECTIONS = dict(exits=exits, plain=plain, compile=compile, memory=memory)
 
 
 def main():
-    parser = FlagParser(BenchConfig, __doc__)
-    parser.add_argument('sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all)')
-    cfg, given = parser.parse(sys.argv[1:])
+    sections = dict(nargs='*', help=f'of {", ".join(SECTIONS)} (default: all)')
+    cfg, given = parse_flags(BenchConfig, __doc__, sys.argv[1:], sections=sections)
     device = pick_device(cfg.device, cfg.n_embd)
     name = f'{torch.get_num_threads()} CPU threads'
     if device.type == 'cuda':

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import FlagParser, TrainConfig, run_folder  # noqa: E402
+from train import TrainConfig, parse_flags, run_folder  # noqa: E402
 
 PRINTED, END = '<!-- printed -->\n', '<!-- end -->\n'
 BLOCK = re.compile(rf'```sh\n(.*?)```\n(?:\n{PRINTED}(.*?){END})?', re.DOTALL)
@@ -58,7 +58,7 @@ def train(words: tuple) -> str:
     if named:
         folder = Path(named[0].removeprefix('--out_dir='))
     else:
-        folder = run_folder(FlagParser(TrainConfig, '').parse(flags)[0])
+        folder = run_folder(parse_flags(TrainConfig, '', flags)[0])
     if (folder / 'log.jsonl').exists():
         lines = (folder / 'log.jsonl').read_text().splitlines()
         config, last = json.loads(lines[0]), json.loads(lines[-1])

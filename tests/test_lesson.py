@@ -6,6 +6,7 @@ Each test works in a copy of the repository. Runs are cut to a few updates on a 
 the names that the lesson gives them.
 """
 
+import ast
 import contextlib
 import importlib
 import io
@@ -123,7 +124,7 @@ class Copy:
 
     def shortened(self, flags: list[str]) -> list[str]:
         """Flags of a training command, and those that cut it short without another name for its folder."""
-        cfg, _ = self.train.FlagParser(self.train.TrainConfig, '').parse(flags)
+        cfg, _ = self.train.parse_flags(self.train.TrainConfig, '', flags)
         large = cfg.n_embd > 64 or cfg.vocab_size > 256 or cfg.dataset == 'wikitext103'
         folder = [] if cfg.resume else [f'--out_dir={self.train.run_folder(cfg)}']
         return [*flags, *FAST, *(SMALL if large else []), *folder, f'--max_iters={6 if cfg.resume else 4}']
@@ -257,7 +258,7 @@ def test_a_fork_trains_resumes_bit_for_bit_plots_every_panel_and_samples(tmp_pat
     table = here.call(here.plot_norms.main, ['whole', '--panels=all', '--eval_iters=2', '--out=all.png'])
     here.call(here.sample.main, ['whole', '--every_depth', '--max_new_tokens=4'])
 
-    _, given = here.train.FlagParser(here.train.TrainConfig, '').parse(typed)
+    _, given = here.train.parse_flags(here.train.TrainConfig, '', typed)
     folder = here.train.run_folder(here.train.TrainConfig(**given)).name
     for name, value in given.items():  # a flag or a row of the fork's own is known to all by itself
         said = f'{value}' if isinstance(value, str) else name
@@ -269,7 +270,7 @@ def test_a_fork_trains_resumes_bit_for_bit_plots_every_panel_and_samples(tmp_pat
 def test_with_a_fork_generation_with_a_cache_is_generation_without(tmp_path, monkeypatch, title):
     here = Copy(tmp_path, monkeypatch, diffs(title))
     flags = [*SMALL, '--loops=3', *typed_flags(title)]
-    cfg, _ = here.train.FlagParser(here.train.TrainConfig, '').parse(flags)
+    cfg, _ = here.train.parse_flags(here.train.TrainConfig, '', flags)
     torch.manual_seed(1)
     model = here.train.LoopedGPT(cfg).eval()
     for p in model.parameters():  # where a fork begins as nothing, a mistake would not show
@@ -315,10 +316,14 @@ def test_every_training_of_the_evidence_is_a_command_that_train_py_takes(evidenc
     found = evidence.BLOCK.findall(lesson('assets/evidence.md'))
     assert sum(marks != '' for _, marks in found) > 10
     words = [words for block, _ in found for words in evidence.trainings(block)]
+    programs = list(Path('.').glob('*.py'))  # that the blocks have written here
+    for program in programs:
+        ast.parse(program.read_text(), str(program))
+    assert len(programs) >= 4
     assert len(words) == len(set(words)) > 100, 'a run stands twice'
     for program, *flags in words:
         assert program == 'train.py'
-        evidence.FlagParser(evidence.TrainConfig, '').parse(flags)
+        evidence.parse_flags(evidence.TrainConfig, '', flags)
 
 
 def test_the_evidence_names_a_cell_that_moved_by_more_than_its_spread(evidence):

@@ -190,12 +190,12 @@ def test_a_model_in_double_precision_can_be_checked_against_finite_differences_e
         assert torch.autograd.gradcheck(loss, w) and torch.autograd.gradgradcheck(loss, w)
 
 
-def test_with_checkpoint_loops_backward_keeps_no_logits_whatever_the_number_of_exits():
+def test_recomputing_backward_keeps_no_logits_whatever_the_number_of_exits():
     """From K = 2 to 6, what autograd saves grows by no (B, T, V) tensor, nor by any of half that size."""
     saved, V = {}, 20000
     for loops in 2, 6:
         model = make(vocab_size=V, n_layer=1, loops=loops, block_size=64).train()
-        model.checkpoint_loops = True
+        model.recompute()
         idx = torch.randint(V, (8, 64))
         big = {}
 
@@ -209,11 +209,12 @@ def test_with_checkpoint_loops_backward_keeps_no_logits_whatever_the_number_of_e
     assert saved[2] == saved[6]
 
 
-def test_checkpoint_loops_changes_no_gradient_and_keeps_one_state_per_loop():
+def test_recomputing_changes_no_gradient_and_keeps_one_state_per_loop():
     sizes, grads = {}, {}
     for on in False, True:
         model, (idx, targets) = make(dropout=0.1).train(), batch()
-        model.checkpoint_loops = on
+        if on:
+            model.recompute()
         saved = {}
 
         def pack(t):

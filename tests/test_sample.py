@@ -1,8 +1,6 @@
 """sample.py through its command line, from a run trained here."""
 
-import io
 import os
-import sys
 
 import pytest
 import tiktoken
@@ -22,11 +20,10 @@ def trained(run, workplace):
 
 
 def test_one_line_samples_at_a_depth(trained):
-    code, out, err = trained('--prompt=line 7', '--loops=2', '--num_samples=3')
+    code, out, _ = trained('--prompt=line 7', '--loops=2', '--num_samples=3')
     assert code == 0 and out.count('line 7') >= 3 and out.count('--- 2 loops') == 3
     for part in 'state norm', 'seed 1', 'seed 2', 'seed 3':
         assert part in out
-    assert err.count('tokens per second') == 3
 
 
 def test_every_depth_shows_1_2_4_K_and_2K_one_under_the_other(trained):
@@ -68,27 +65,16 @@ def test_the_same_seed_gives_the_same_text(trained):
     assert text('--temperature=0', '--seed=3') == text('--temperature=0', '--seed=4') == text('--top_k=1')
 
 
-def test_the_prompt_may_be_a_file_or_standard_input(trained, workplace, monkeypatch):
+def test_the_prompt_may_be_a_file(trained, workplace):
     (workplace / 'p.txt').write_bytes('wörld \xff'.encode() + b'\xff')
-    a = trained('--prompt=FILE:p.txt')[1]
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((workplace / 'p.txt').read_bytes())))
-    b = trained('--prompt=-')[1]
-    assert a.split('\n--- ')[0] == b.split('\n--- ')[0]
-    assert a.startswith('wörld ÿ\N{REPLACEMENT CHARACTER}')
+    assert trained('--prompt=FILE:p.txt')[1].startswith('wörld ÿ\N{REPLACEMENT CHARACTER}')
 
 
-def test_text_streams_and_bytes_that_are_no_utf8_show_as_replacement_characters(trained, monkeypatch, capsys):
+def test_bytes_that_are_no_utf8_show_as_replacement_characters(trained, monkeypatch):
     ids = list('ä'.encode()) + [0xFF] + list('b'.encode()) + [0xE2]
-    seen = []
-
-    def stream(self, idx, *_):
-        for i in ids:
-            yield torch.tensor([[i]])
-            seen.append(capsys.readouterr().out)
-    monkeypatch.setattr(LoopedGPT, 'stream', stream)
+    monkeypatch.setattr(LoopedGPT, 'generate', lambda self, idx, *_: torch.cat((idx, torch.tensor([ids])), dim=1))
     _, out, _ = trained('--prompt=>')
-    assert seen == ['>', 'ä', '\N{REPLACEMENT CHARACTER}', 'b', '']
-    assert out.startswith('\N{REPLACEMENT CHARACTER}\n---')
+    assert out.startswith('>ä\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}\n---')
 
 
 def test_the_weights_alone_are_enough(trained, run, workplace):
@@ -104,7 +90,7 @@ def test_the_weights_alone_are_enough(trained, run, workplace):
 @pytest.mark.skipif(os.name != 'posix', reason='pipes as POSIX has them')
 def test_a_reader_that_leaves_early_leaves_no_traceback(clone, trained, workplace):
     """python sample.py r | head -1"""
-    process = clone('sample.py', 'r', '--device=cpu', '--max_new_tokens=100000', '--prompt=line\n')
+    process = clone('sample.py', 'r', '--device=cpu', '--max_new_tokens=10', '--prompt=line\n', '--num_samples=9999')
     assert process.stdout.readline() == 'line\n'
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == ''
@@ -122,8 +108,8 @@ def test_mistakes_end_in_one_line(trained, run, flags, says):
     code, _, err = run(sample.main, *flags)
     assert code == 1 and err.count('\n') == 1 and says in err
     code, _, err = run(sample.main, 'r', '--tempreature=1')
-    assert code == 2 and 'did you mean --temperature?' in err
-    assert run(sample.main, '--out_dir=r', '--max_new_tokens=1', '--device=cpu')[0] == 0  # nanoGPT's habit
+    assert code == 2 and err.count('\n') == 1 and '--tempreature=1 (see --help)' in err
     for flag in '--temperature=-1', '--temperature=1e300', f'--seed={2 ** 64}', f'--loops={10 ** 9}':
         assert run(sample.main, 'r', flag)[0] == 2
-    assert 'no checkpoint ckpt.pt (No such file or directory): name the folder' in run(sample.main)[2]
+    code, _, err = run(sample.main)
+    assert code == 2 and 'required: run' in err

@@ -23,7 +23,7 @@ import train
 from conftest import TINY
 from data import prepare
 from looped import READOUTS, RECURRENCES, LoopedConfig, LoopedGPT, flag
-from train import FlagParser, TrainConfig, eval_batches, get_batch, load_checkpoint, main
+from train import TrainConfig, eval_batches, get_batch, load_checkpoint, main, parse_flags
 
 TEXT = ['--dataset=text.txt', *TINY]
 CPU, RUN = torch.device('cpu'), {'log.jsonl', 'ckpt.pt', '.lock'}
@@ -62,7 +62,7 @@ def tree(folder):
 
 def assert_one_line(result, *says, code=1):
     got, _, err = result
-    assert got == code and err.count('\n') == 1 and (code == 2 or err.startswith('train.py: ')), result
+    assert got == code and err.count('\n') == 1 and (code == 2 or err.startswith('error: ')), result
     for part in says:
         assert part in err, err
 
@@ -103,7 +103,10 @@ def adamw_by_hand(cfg, tokens, updates):
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         loss, norm = 0.0, 0.0
         for micro_step in range(cfg.gradient_accumulation_steps):
-            out = model(*get_batch(tokens, cfg, it, micro_step, CPU))
+            rng = np.random.default_rng((cfg.seed, micro_step, it))
+            batch = get_batch(tokens, cfg, rng, CPU)
+            torch.manual_seed(int(rng.integers(2 ** 63)))
+            out = model(*batch)
             for (name, p), g in zip(params.items(), torch.autograd.grad(out.loss, list(params.values()))):
                 total[name] += g / cfg.gradient_accumulation_steps
             loss += out.loss.item() / cfg.gradient_accumulation_steps
@@ -249,20 +252,17 @@ def test_the_unigram_bias_is_the_log_frequency_of_each_token_and_is_not_trained(
 # Batches
 
 
-def test_a_micro_step_is_a_function_of_seed_and_iteration_and_its_number():
-    def get(micro_step, it, seed=1):
-        cfg = TrainConfig(seed=seed, batch_size=4, block_size=8)
-        idx, targets = get_batch(np.arange(5000, dtype=np.uint16), cfg, it, micro_step, CPU)
-        return idx, targets, torch.rand(3)  # what dropout would draw
-    idx, targets, drawn = get(0, 7)
+def test_a_batch_is_windows_drawn_from_end_to_end():
+    def get(seed):
+        cfg = TrainConfig(batch_size=4, block_size=8)
+        return get_batch(np.arange(5000, dtype=np.uint16), cfg, np.random.default_rng(seed), CPU)
+    idx, targets = get(7)
     assert idx.shape == targets.shape == (4, 8) and idx.dtype == torch.int64
     assert torch.equal(targets, idx + 1) and torch.equal(idx, idx[:, :1] + torch.arange(8))
-    assert torch.equal(get(0, 7)[0], idx) and torch.equal(get(0, 7)[2], drawn)
-    for other in get(1, 7), get(0, 8), get(0, 7, seed=2):
-        assert not torch.equal(other[0], idx) and not torch.equal(other[2], drawn)
-    starts = torch.cat([get(0, it)[0][:, 0] for it in range(300)])
-    assert starts.min() < 100 and starts.max() > 4891  # from end to end
-    idx, targets = get_batch(np.arange(9), TrainConfig(block_size=8, batch_size=2), 0, 0, CPU)
+    assert torch.equal(get(7)[0], idx) and not torch.equal(get(8)[0], idx)
+    starts = torch.cat([get(seed)[0][:, 0] for seed in range(300)])
+    assert starts.min() < 100 and starts.max() > 4891
+    idx, targets = get_batch(np.arange(9), TrainConfig(block_size=8, batch_size=2), np.random.default_rng(1), CPU)
     assert idx[0].tolist() == list(range(8)) and targets[0, -1] == 8
 
 
@@ -341,15 +341,15 @@ def test_help_lists_every_flag_in_groups_with_default_and_meaning(run):
     ('--loops=5', 5), ('--loops 5', 5), ('--compile=False', 'False'), ('--resume', True),
     ('--resume=False', False), ('--learning_rate=3e-4', 3e-4), ('--readout raw', 'raw')])
 def test_flags_are_typed_as_in_nanogpt(typed, want):
-    cfg, given = FlagParser(TrainConfig, '').parse(typed.split())
+    cfg, given = parse_flags(TrainConfig, '', typed.split())
     assert list(given.values()) == [want] and getattr(cfg, *given) == want
 
 
 @pytest.mark.parametrize('typed, says', [
-    ('--redout=rms', 'did you mean --readout?'), ('--n-layer=3', 'did you mean --n_layer?'),
-    ('--loop=3', '--loops'), ('--readout=rsm', 'layernorm'), ('--loops=0', 'from 1 to'),
+    ('--redout=rms', '--redout=rms (see --help)'), ('--n-layer=3', '(see --help)'), ('--loop=3', '(see --help)'),
+    ('--readout=rsm', 'layernorm'), ('--loops=0', 'from 1 to'),
     ('--loops=two', "'two'"), ('--n_head=5', 'multiple of n_head'), ('--alpha=2', 'from 0 to 1'),
-    ('--resume=perhaps', 'True or False'), ('--learning_rate=nan', 'from 0'),
+    ('--resume=perhaps', 'True or False'), ('--learning_rate=nan', 'must be a number'),
     (f'--batch_size={10 ** 400}', 'to 1048576')])
 def test_a_mistyped_flag_ends_in_one_line_that_names_it(run, workplace, typed, says):
     before = tree(workplace)
@@ -413,7 +413,7 @@ def test_what_a_person_reads_while_it_trains(run):
     tokens = float(rate.replace(',', '')) * float(ms) / 1e3  # of an update
     assert tokens == pytest.approx(4 * 3 * 16, rel=0.5 / float(ms) + 0.01)
     assert 'val CE at exits 1..3' in out and 'bits per byte' in out and 'state norm, loops 1..3' in out
-    assert '1 x cpu, float32, eager' in out and 'preparing text.txt' in out
+    assert '1 x cpu, float32, eager' in out and "preparing 'text.txt'" in out
     assert 'run folder out/text.txt-rms-residual-per_loop-' in out
 
 
@@ -473,15 +473,15 @@ def interrupt(patch, name, call, signum=signal.SIGINT):
 @pytest.mark.parametrize('flags', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2',
                                         '--output_bias=unigram']], ids=' '.join)
 @pytest.mark.parametrize('name, stops_at', [('get_batch', 1), ('get_batch', 5), ('get_batch', 6),
-                                            ('eval_batches', 0), ('eval_batches', 3), ('eval_batches', 6)])
+                                            ('eval_batches', 1), ('eval_batches', 4)])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(run, resume, workplace, monkeypatch, flags, name,
                                                     stops_at):
-    """Ctrl-C in the middle of a step or of an evaluation."""
+    """Ctrl-C in the middle of a step or of an evaluation, after which comes one more step."""
     folder, whole = workplace / 'r', workplace / 'whole'
     run(main, *TEXT, *flags, '--out_dir=whole')
     with monkeypatch.context() as patch:
         # one batch is read for the step that is thrown away; an evaluation has two splits
-        call = 1 + stops_at * (2 if flags else 1) if name == 'get_batch' else 2 + stops_at * 2 // 3
+        call = 1 + stops_at * (2 if flags else 1) if name == 'get_batch' else 1 + stops_at // 3 * 2
         interrupt(patch, name, call)
         code, out, err = run(main, *TEXT, *flags, '--out_dir=r')
     assert code == 130 and err == ''
@@ -492,30 +492,24 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, resume, workplace, monk
     assert distance(weights(whole), weights(folder)) == 0
     a, b = (checkpoint(path)['optimizer']['state'] for path in (whole, folder))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert [x['iter'] for x in evaluations(folder)] == sorted({0, 3, 6, stops_at})
 
     def timeless(path):
-        return [{k: v for k, v in x.items() if k not in ('ms', 'out_dir', 'resume')} for x in log(path)
-                if x.get('iter') in (None, 0, 3, 6) or 'loss' in x]
+        return [{k: v for k, v in x.items() if k not in ('ms', 'out_dir', 'resume')} for x in log(path)]
     assert timeless(whole) == timeless(folder)
 
 
-@posix
-@pytest.mark.parametrize('how', ['ctrl-c', 'killed', 'finished'])
+@pytest.mark.parametrize('how', ['killed', 'finished'])
 def test_a_resume_that_ends_before_it_has_anything_new_changes_nothing(resume, trained, monkeypatch, how):
     before = tree(trained)
-    flags = ['--max_iters=9', '--loops=2', '--norm_penalty=1']
-    if how == 'ctrl-c':
-        interrupt(monkeypatch, 'eval_batches', 2)
-        assert resume(*flags)[0] == 130
-    elif how == 'killed':  # after the first new update, before anything is saved
-        monkeypatch.setattr(train, 'check_finite', lambda numbers, it: it > 6 and 1 / 0)
+    if how == 'killed':  # in its second update
+        real = train.get_lr
+        monkeypatch.setattr(train, 'get_lr', lambda it, cfg: 1 / 0 if it > 6 else real(it, cfg))
         with pytest.raises(ZeroDivisionError):
-            resume(*flags)
+            resume('--max_iters=9', '--norm_penalty=1')
     else:
         for flag in '--max_iters=6', '--loops=2':
             code, out, _ = resume(flag)
-            assert code == 0 and 'eval      6' in out
+            assert code == 0 and 'resumed at iteration 6 of 6' in out
     assert tree(trained) == before
 
 
@@ -551,8 +545,8 @@ def test_a_flag_that_changes_at_resume_acts_and_is_printed_and_logged(run, resum
 
 
 @pytest.mark.parametrize('typed, says', [
-    ('--init=gpt2', '--init acts on fresh weights alone'),
-    ('--output_bias=unigram', '--output_bias acts on fresh weights alone'),
+    ('--init=gpt2', '--init only acts on new weights'),
+    ('--output_bias=unigram', '--output_bias only acts on new weights'),
     ('--init_from=x', 'leave out --overwrite and --init_from'), ('--overwrite', 'leave out --overwrite'),
     ('--n_embd=32', "r/ckpt.pt does not fit this code and {'n_embd': 32} "),
     ('--readout=raw', 'exposure.weight'), ('--n_layer=2', 'blocks.1.norm_attn.weight'),
@@ -606,22 +600,18 @@ def test_what_cannot_work_is_named_and_changes_nothing(run, trained, workplace, 
     assert not (workplace / 'out').exists()
 
 
-@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory.'),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
-def test_out_of_memory_is_one_line_and_overwrite_leaves_the_old_run(run, trained, monkeypatch, error):
-    def forward(*args):
-        raise error
+def test_what_fails_in_the_first_step_leaves_the_run_that_it_would_overwrite(run, trained, monkeypatch):
+    real = LoopedGPT.forward
+
+    def forward(self, *args):
+        if self.training:
+            raise torch.OutOfMemoryError('CUDA out of memory.')
+        return real(self, *args)
     monkeypatch.setattr(LoopedGPT, 'forward', forward)
     before = tree(trained)
-    assert_one_line(run(main, *TEXT, '--overwrite', '--out_dir=r'), '--batch_size', '--checkpoint_loops')
+    with pytest.raises(torch.OutOfMemoryError):
+        run(main, *TEXT, '--overwrite', '--out_dir=r')
     assert tree(trained) == before
-
-
-def test_compile_without_a_compiler_is_one_line(clone):
-    process = clone('train.py', *TEXT, '--compile=True',
-                    env=dict(CXX='/no/such/compiler', TORCHINDUCTOR_CACHE_DIR='c'))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and err.count('\n') == 1 and '--compile=False' in err
 
 
 @pytest.mark.parametrize('bug', [ValueError, RuntimeError, FileNotFoundError])
@@ -669,11 +659,10 @@ ODD = dict(shape=torch.zeros(3, 3), sparse=torch.zeros(256, 16).to_sparse(), tex
            meta=torch.zeros(256, 16, device='meta'))
 SPOILT = dict(  # what is wrong in a checkpoint, and what is said of it
     no_optimizer=(lambda state: state.pop('optimizer'), 'r/ckpt.pt is of another optimizer'),
-    no_moments=(lambda state: state['optimizer'].update(state={}), 'there are none'),
-    one_number=(lambda state: state['optimizer']['state'][0].update(exp_avg=torch.tensor(1.0)), 'exp_avg'),
-    step=(lambda state: state['optimizer']['state'][1].update(step=torch.zeros(1000)), 'step of shape'),
+    one_number=(lambda state: state['optimizer']['state'][0].update(exp_avg=torch.tensor(1.0)), 'of another optimizer'),
+    step=(lambda state: state['optimizer']['state'][1].update(step=torch.zeros(1000)), 'of another optimizer'),
     iteration=(lambda state: state.update(iter='x'), 'r/ckpt.pt cannot be read'),
-    nan=(lambda state: state['model']['pos_emb.weight'].fill_(math.nan), 'not finite at iteration 6'),
+    nan=(lambda state: state['model']['pos_emb.weight'].fill_(math.nan), 'not finite at iteration 7'),
     loops=(lambda state: state['config'].update(loops=10 ** 9), 'loops must be from 1 to 10000'),
     flag_of_a_fork=(lambda state: state['config'].update(gate=True), "'gate'"),
     corpus=(lambda state: state.update(corpus=7), 'is not the text that this run was trained on'),
@@ -725,18 +714,18 @@ def test_values_are_copied_whatever_their_strides_and_dtype_are_in_the_file(resu
 
 @posix
 @pytest.mark.parametrize('flags, at', [
-    (['--eval_interval=1'], 4), ([], 5), (['--eval_interval=7', '--log_interval=100'], 7), (['SIGTERM'], 4)],
+    ([], 6), (['--eval_interval=7', '--log_interval=100'], 7), (['SIGTERM'], 5)],
     ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
 def test_a_run_that_diverges_keeps_the_last_good_checkpoint(resume, run, workplace, monkeypatch, flags, at):
     """Weights of 1e25 after one step: their squares are infinite, so is the next loss."""
     run(main, *TEXT, '--out_dir=r', '--max_iters=3')
     before = tree(workplace / 'r')
     with monkeypatch.context() as patch:
-        if flags == ['SIGTERM']:  # in the very update that ruins the weights
-            interrupt(patch, 'get_batch', 2, signal.SIGTERM)
+        if flags == ['SIGTERM']:  # in the very update after which they are nan
+            interrupt(patch, 'get_batch', 3, signal.SIGTERM)
             flags = ['--log_interval=100']
         result = resume('--max_iters=30', '--learning_rate=1e25', '--eval_interval=100', *flags)
-    assert_one_line(result, f'not finite at iteration {at}; what was saved stays', '--learning_rate')
+    assert_one_line(result, f'not finite at iteration {at}', '--learning_rate')
     assert tree(workplace / 'r') == before
     assert resume('--max_iters=6')[0] == 0
 
@@ -772,12 +761,11 @@ def wait_for(process, start):
 
 
 @posix
-def test_of_two_trainers_in_one_folder_the_second_gets_a_line(run, workplace, clone, monkeypatch):
+def test_of_two_trainers_in_one_folder_the_second_gets_a_line(run, workplace, clone):
     """And one that was killed holds nothing."""
     endless = [*TEXT, '--max_iters=1000000', '--eval_interval=100', '--out_dir=r']
     first = clone('train.py', *endless)
     wait_for(first, 'iter    101')
-    monkeypatch.setattr(train, 'load_checkpoint', None)  # what the first still writes is not even read
     for flags in [], ['--resume'], ['--overwrite']:
         assert_one_line(run(main, *endless, *flags), 'another process trains in r', '--out_dir')
     assert first.poll() is None
@@ -809,13 +797,14 @@ def test_ctrl_c_and_sigterm_save_a_checkpoint_and_say_so(clone, signum, reader):
 def test_a_second_ctrl_c_ends_the_process_at_once_also_inside_a_long_call_into_c(clone):
     (clone.folder / 'long.py').write_text('''
 import hashlib, os, signal, sys, train
-real = train.get_batch
-def get_batch(tokens, cfg, it, micro_step, device):
-    if it == 1:
+real, calls = train.get_batch, []
+def get_batch(*args):
+    calls.append(args)
+    if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGINT)
         print("a long call", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 30)
-    return real(tokens, cfg, it, micro_step, device)
+    return real(*args)
 train.get_batch = get_batch
 train.main(sys.argv[1:])
 ''')
@@ -823,12 +812,6 @@ train.main(sys.argv[1:])
     wait_for(process, 'a long call')
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == -signal.SIGINT and 'Traceback' not in process.stderr.read()
-
-
-def test_an_older_python_is_told_which_one_is_needed(clone):
-    process = clone('-c', 'import runpy, sys; sys.version_info = (3, 9, 1); sys.path.insert(0, "."); '
-                          'runpy.run_path("train.py", run_name="__main__")')
-    assert process.communicate(timeout=60)[1].splitlines()[-1] == 'Python 3.10 or newer is needed'
 
 
 # The GPU
