@@ -3,17 +3,14 @@ See the blind spot: measure trained runs, draw one figure, print tables.
 
     python plot_norms.py out/A out/B ...        (no run named: every run under out/)
     python plot_norms.py --panels=all           (without it: the argument in four panels)
-    python plot_norms.py --out=training.gif     (a moving picture of runs with --log_interval=1)
 
 Runs that differ in nothing but the seed are one condition: the figure has their mean, and their range as a
 band. All numbers come from checkpoints and validation text; they go beside the figure as JSON.
 """
 
-import functools
 import json
 import math
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import asdict, dataclass
@@ -21,28 +18,28 @@ from io import BytesIO
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import matplotlib.animation
 import matplotlib.figure
 import torch
 import torch.nn.functional as F
 
 from data.prepare import UserError
 from looped import LoopedGPT, cross_entropy, flag, validate
-from train import (FlagParser, TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors,
+from train import (TrainConfig, eval_batches, load_checkpoint, load_tokens, one_line_errors, parse_flags,
                    pick_device, result_flags, write_file)
 
-matplotlib.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
+matplotlib.rcParams.update({'font.size': 12, 'axes.titlesize': 12,
+                            'axes.spines.top': False, 'axes.spines.right': False})
 
 # ------------------------------------------------------------------------------------------------------------
 # The diagnostics: functions of a model and of batches [(idx, targets)], which give {name: list}. They go
 # through embed, step, states and readout alone, so a fork that edits those is measured as it was trained; and
-# they hold the logits of one exit at a time, so a model that could be trained can be measured.
+# they hold the logits of one exit at a time (loss_gradient: after model.recompute()), so a model that could
+# be trained can be measured.
 
 
 def averaged(diagnostic):
-    """Decorates diagnostic(model, idx, targets) -> {name: tensor}: it then takes many batches and gives the
-    mean over them, as lists."""
-    @functools.wraps(diagnostic)
+    """Decorates diagnostic(model, idx, targets) -> {name: tensor}, which is written for one batch, and is
+    called with a list of batches: diagnostic(model, batches) -> {name: list}, the means over them."""
     @torch.no_grad()
     def over_batches(model: LoopedGPT, batches: list) -> dict:
         results = [diagnostic(model, idx, targets) for idx, targets in batches]
@@ -52,10 +49,7 @@ def averaged(diagnostic):
 
 def exit_losses(model: LoopedGPT, states: list, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy at exits 1, 2, ... as they were trained. K states (B, T, C) -> (K,)"""
-    losses = []
-    for k, h in enumerate(states, 1):
-        losses.append(model.exit_ce(h, targets, k).mean())
-    return torch.stack(losses)
+    return torch.stack([model.exit_ce(h, targets, k).mean() for k, h in enumerate(states, 1)])
 
 
 def exit_gradient(model: LoopedGPT, h: torch.Tensor, k: int, targets: torch.Tensor) -> torch.Tensor:
@@ -71,7 +65,7 @@ def mean_norms(states: list) -> torch.Tensor:
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return F.cosine_similarity(a, b, dim=-1, eps=1e-20)
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-20)  # gradients are small
 
 
 @averaged
@@ -108,14 +102,12 @@ def loss_gradient(model, idx, targets):
     with its weight, the later ones through the loops between, and the norm penalty. Beside them |cos| of exit
     k's own loss, and the shape of the paper's bound on what later exits send: C·t/s_k, where t = K - k loops
     follow and s_k is the mean norm, with the C that makes it meet the curve at k = 1."""
-    before, model.checkpoint_loops = model.checkpoint_loops, True  # one loop's or exit's graph at a time
     with torch.enable_grad():
         states = model.states(idx)
-        model.states = lambda *_: states  # so forward gives its loss as a function of these
+        model.states = lambda *_: states  # forward starts from these very tensors
         loss = model(idx, targets).loss
-        del model.states
-    gradients = torch.autograd.grad(loss, states, allow_unused=True, materialize_grads=True)
-    model.checkpoint_loops = before
+        del model.states  # the method again
+    gradients = torch.autograd.grad(loss, states)
     whole, signed, own = [], [], []
     for k, (h, g) in enumerate(zip(states, gradients), 1):
         whole.append(cosine(g, h).abs().mean())
@@ -127,25 +119,21 @@ def loss_gradient(model, idx, targets):
 
 
 @averaged
-def common(model, idx, _):
-    """|mean h_k|² / mean |h_k|²: what all tokens have in common of the squared norm."""
-    h = torch.stack(model.states(idx)).float()  # (K, B, T, C)
-    return dict(share=h.mean((1, 2)).square().sum(-1) / h.norm(dim=-1).square().mean((1, 2)))
-
-
-@averaged
 def residual_expansion(model, idx, _):
-    """Over 30 loops, with h_k = s_k·u_k and |u_k| = 1: s_{k+1} - s_k; turn = |u_{k+1} - u_k|; turn · s_k. And
-    the update h_{k+1} - h_k from h_10 on in RMS over channels: a_rad (along h_k), across it, and whole."""
+    """Over 30 loops, with h_k = s_k·u_k and |u_k| = 1: s_{k+1} - s_k, and the turn |u_{k+1} - u_k| times the
+    scale s_k. And the update h_{k+1} - h_k from h_10 on, in RMS over channels: a_rad (along h_k), across it,
+    and whole."""
     h = torch.stack(model.states(idx, 30)).float()  # (30, B, T, C)
-    s, u = h.norm(dim=-1), F.normalize(h, dim=-1)
+    s = h.norm(dim=-1)
+    u = F.normalize(h, dim=-1)
     turn = u.diff(dim=0).norm(dim=-1)
-    update, u = h.diff(dim=0)[9:], u[9:-1]
+    update = h.diff(dim=0)[9:]  # h_11 - h_10 .. h_30 - h_29
+    u = u[9:-1]
     along = (update * u).sum(-1)
     across = (update - along[..., None] * u).norm(dim=-1)
     rms = torch.stack((along, across, update.norm(dim=-1))) / h.size(-1) ** 0.5
-    return dict(increment=s.diff(dim=0).mean((1, 2)), turn=turn.mean((1, 2)),
-                turn_times_scale=(turn * s[:-1]).mean((1, 2)), update=rms.mean((1, 2, 3)))
+    return dict(increment=s.diff(dim=0).mean((1, 2)), turn_times_scale=(turn * s[:-1]).mean((1, 2)),
+                update=rms.mean((1, 2, 3)))
 
 
 @averaged
@@ -183,11 +171,11 @@ def confidence(model: LoopedGPT, batches: list) -> torch.Tensor:
     """Margin and cross-entropy of each of N sequences at each exit. -> (2, K, N)"""
     results = []
     for idx, targets in batches:
-        exits = []
+        per_exit = []
         for k, h in enumerate(model.states(idx), 1):
             logits = model.readout(h, k)
-            exits.append(torch.stack((margin(logits), cross_entropy(logits, targets).mean(-1))))
-        results.append(torch.stack(exits, dim=1))  # (2, K, B)
+            per_exit.append(torch.stack((margin(logits), cross_entropy(logits, targets).mean(-1))))
+        results.append(torch.stack(per_exit, dim=1))  # (2, K, B)
     return torch.cat(results, dim=2)
 
 
@@ -202,41 +190,105 @@ def leave(margins: torch.Tensor, ce: torch.Tensor, threshold: float) -> tuple:
 
 def calibrate(margins: torch.Tensor, ce: torch.Tensor) -> float:
     """The least threshold, so the earliest leave, with perplexity within 1% of exit K's. (K, N), (K, N)"""
-    for threshold in [-1.0, *margins.unique().tolist()]:  # every margin passes -1, none the greatest
+    # at -1 all leave at exit 1; at the greatest margin all stay to exit K
+    for threshold in [-1.0, *margins.unique().tolist()]:
         if leave(margins, ce, threshold)[1] <= ce[-1].mean() + math.log(1.01):
             break
     return threshold
 
 
-def speed(model: LoopedGPT, batches: list, exits: list[int], threshold: float) -> float:
-    """Tokens per second where only some exits are read: at each of them the sequences whose margin passes
-    leave the batch, and at the last of them all do."""
+def seconds(model: LoopedGPT, batches: list, first: int, threshold: float) -> float:
+    """Time for all batches, if exits `first` to K are read and a sequence leaves where its margin passes."""
     start = time.perf_counter()
     for idx, _ in batches:
         h = h_0 = model.embed(idx)
-        for k in range(1, exits[-1] + 1):
+        for k in range(1, model.cfg.loops + 1):
             h = model.step(h, h_0, k)
-            if k in exits:
-                stays = ~(margin(model.readout(h, k)) > threshold)
-                h, h_0 = h[stays], h_0[stays]  # the device is waited for
+            if k >= first:
+                stays = ~(margin(model.readout(h, k)) > threshold)  # also where it is nan
+                h, h_0 = h[stays], h_0[stays]  # a mask as index waits for the device
             if len(h) == 0:
                 break
-    return len(batches) * batches[0][0].numel() / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
 def exits(model, batches):
-    """Perplexity and tokens per second at each exit; and with halting [mean loops, perplexity, speed over
-    that of exit K]. Its threshold is chosen on every other batch; all that is reported is of the rest."""
+    """Perplexity at each exit; and with halting [mean loops, perplexity, speed over that of exit K]. Its
+    threshold is chosen on every other batch; all that is reported is of the rest."""
     threshold = calibrate(*confidence(model, batches[::2]))
     rest = batches[1::2]
     margins, ce = confidence(model, rest)
     loops, halted = leave(margins, ce, threshold)
-    every = list(range(1, model.cfg.loops + 1))
-    speeds = [speed(model, rest, [k], math.inf) for k in every]
-    speedup = speed(model, rest, every, threshold) / speeds[-1]
-    return dict(perplexity=ce.mean(1).exp().tolist(), tokens_per_second=speeds,
-                halting=[loops.item(), halted.exp().item(), speedup])
+    speedup = seconds(model, rest, model.cfg.loops, math.inf) / seconds(model, rest, 1, threshold)
+    return dict(perplexity=ce.mean(1).exp().tolist(), halting=[loops.item(), halted.exp().item(), speedup])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Conditions: their names, and how they look
+
+
+def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
+    """Name and flags of a run that is saved at `iteration`, and what its log has. Runs that agree in both are
+    one condition."""
+    name = f'{cfg.supervision.replace("_", "-")} + {cfg.readout}'
+    flags = []
+    for key, value in result_flags(cfg).items():
+        if key not in ('supervision', 'readout', 'seed'):
+            flags.append(f'{key} {value}')
+    if cfg.eval_iters != TrainConfig.eval_iters:  # means over other batches are not averaged with these
+        flags.append(f'eval_iters {cfg.eval_iters}')
+    for line in log:
+        if set(line.get('changed', ())) - {'max_iters'}:  # a longer run of the same flags is no change
+            flags.append(f'changed at {line["iter"]}')
+    if iteration < cfg.max_iters:
+        flags.append(f'stopped at {iteration}')
+
+    evaluations = [line for line in log if 'val_losses' in line]
+    if not evaluations:
+        raise UserError('it was stopped before its first evaluation: --resume it')
+    steps = [evaluations[0]]  # the first weights, then every step that is logged
+    steps += [line for line in log if 'loss' in line]
+    curve = dict(iter=[line['iter'] for line in steps], norm=[line['norms'][-1] for line in steps])
+    return dict(name=name, flags=flags, seed=cfg.seed, config=asdict(cfg), training=evaluations[-1] | curve)
+
+
+def conditions(results: list[dict]) -> tuple[str, dict[str, list[dict]]]:
+    """The flags that all runs share, and {name and other flags: the runs of a condition}."""
+    shared = [f for f in results[0]['flags'] if all(f in r['flags'] for r in results)]
+    groups = {}
+    for r in results:
+        own = [f for f in r['flags'] if f not in shared]
+        groups.setdefault(', '.join([r['name'], *own]), []).append(r)
+    return ', '.join(shared), groups
+
+
+# told apart by the colour-blind (Okabe and Ito)
+COLORS = {'rms': '#D55E00', 'rms + penalty': '#009E73', 'raw': '#0072B2', 'final_rms': '#E69F00'}
+SPARE = ['#332288', '#44AA99', '#882255', '#999933', '#AA4499', '#117733', '#88CCEE', '#DDCC77', '#CC6677',
+         *matplotlib.colormaps['tab20b'].colors]
+
+
+def styles(groups: dict[str, list[dict]]) -> list[tuple]:
+    """[(how a condition is drawn, its runs)]. Its colour is that of readout and penalty, or a spare one where
+    that is taken. Dashed: the loss is not at every exit."""
+    lines = []
+    for label, runs in groups.items():
+        config = runs[0]['config']
+        penalty = ' + penalty' if config['norm_penalty'] else ''
+        color = COLORS.get(config['readout'] + penalty)
+        if color is None or color in [style['color'] for style, _ in lines]:
+            color = SPARE[len(lines) % len(SPARE)]
+        dash = '-' if config['supervision'] == 'per_loop' else '--'
+        lines.append((dict(color=color, linestyle=dash, linewidth=2.2, label=drawable(label, 46)), runs))
+    return lines
+
+
+def drawable(text: str, width: int) -> str:
+    """`text` as matplotlib draws it literally, in lines of `width`: no $ begins a formula, and characters
+    that its font lacks, such as Chinese, are written as escapes."""
+    text = ''.join(c if c < '\u2e80' else ascii(c)[1:-1] for c in text)
+    return textwrap.fill(text, width).replace('$', r'\$')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -256,40 +308,29 @@ def gather(runs: list[dict], panel: str, row: 'Row') -> tuple[list, torch.Tensor
 
 def draw_curves(ax, lines: list, panel: str, row: 'Row'):
     """One curve per condition: the mean over its runs, and their range as a band."""
-    lowest, rounding = [], []
-    for i, (style, runs) in enumerate(lines):
+    least = 1e9
+    for style, runs in lines:
         x, y = gather(runs, panel, row)
-        if row.floor:
-            below = y < row.floor
-            rounding += y[below].tolist()
-            y[below] = row.floor / 2 * 0.7 ** i  # side by side, so that none hides another
-        lowest.append(y.nan_to_num(1e9, 1e9).min().item())
+        least = min(least, y.nan_to_num(1e9, 1e9).min().item())
+        if row.ylim:
+            y = y.clamp(*row.ylim)  # 0, which has no place on a log axis, is at its bottom
         mean = y.mean(0)
-        K = runs[0]['config']['loops'] if row.x == 'loop' else len(x)
-        ax.plot(x[:K], mean[:K], **style)
+        ax.plot(x, mean, **style)
+        ax.fill_between(x, y.amin(0), y.amax(0), color=style['color'], alpha=0.18, linewidth=0)
         if row.x == 'loop':
-            ax.plot(x[K - 1:], mean[K - 1:], **dict(style, alpha=0.45))  # deeper than it was trained
+            K = runs[0]['config']['loops']
             ax.plot(x[K - 1:K], mean[K - 1:K], 'o', color=style['color'], markersize=8)
-        if len(runs) > 1:
-            ax.fill_between(x, y.amin(0), y.amax(0), color=style['color'], alpha=0.18, linewidth=0)
-    ax.set(xlabel=row.xlabel, xscale=row.xscale, yscale=row.yscale)
-    if row.floor:
-        bottom = row.floor / 2 * 0.7 ** len(lines)
-        ax.axhspan(bottom, row.floor, color='grey', alpha=0.15, linewidth=0)
-        ax.set_ylim(bottom, 1)
-    if rounding:
-        text = f'0 (rounding: {max(rounding):.0e})'.replace('e-0', 'e-')
-        ax.text(0.02, row.floor, text, transform=ax.get_yaxis_transform(), va='bottom', color='dimgrey')
-    if row.crop:  # where one explodes, the others stay in view
-        top = max(2 * min(lowest), 1.2 * max(lowest))
-        ax.set_ylim(0.97 * min(lowest), min(ax.get_ylim()[1], top))
+    if row.ylim:
+        ax.set_ylim(row.ylim)
+    if row.crop:  # what explodes leaves the others in view
+        ax.set_ylim(0.97 * least, min(ax.get_ylim()[1], 2 * least))
 
 
 def draw_loss_gradient(ax, lines: list, panel: str, row: 'Row'):
     """Curves of the whole loss; thin, of each exit's own loss; dotted, the bound's shape."""
-    thin = [(dict(style, linewidth=1, alpha=0.6), runs) for style, runs in lines]
+    thin = [(dict(style, linewidth=1), runs) for style, runs in lines]
     draw_curves(ax, thin, panel, row._replace(key='own'))
-    draw_curves(ax, lines, panel, row._replace(floor=0.0))
+    draw_curves(ax, lines, panel, row)
     for style, runs in lines:
         x, y = gather(runs, panel, row._replace(key='bound'))
         ax.plot(x[:-1], y.mean(0)[:-1], ':', color='black', linewidth=1.5, zorder=3)
@@ -299,195 +340,105 @@ def draw_quadrant(ax, lines: list, panel: str, row: 'Row'):
     """One point per run, of the last evaluation in its log."""
     for style, runs in lines:
         for r in runs:
-            norm, losses = r[panel]['norms'][-1], r[panel]['val_losses']
+            norm, losses = r['training']['norms'][-1], r['training']['val_losses']
             ax.plot(norm, losses[0] - losses[-1], 'o', color=style['color'], markersize=10, alpha=0.8)
     ax.axhline(0, color='grey', linewidth=0.8, linestyle=':')
-    ax.set(xlabel=row.xlabel, xscale=row.xscale)
-    ax.set_xlim(min(ax.get_xlim()[0], 1), max(ax.get_xlim()[1], 1e4))  # so that left and right have a meaning
+    # so that left and low have a meaning
+    ax.set_xlim(min(ax.get_xlim()[0], 1), max(ax.get_xlim()[1], 1e4))
     ax.set_ylim(min(ax.get_ylim()[0], -0.05), max(ax.get_ylim()[1], 0.3))
 
 
 class Row(NamedTuple):
     """One axis of the figure: what it draws, and the words around it."""
     key: str  # of what the panel's diagnostic gives
-    title: str
-    how: str  # to read it
+    title: str  # a question, and how to read the answer
     ylabel: str
     draw: Callable = draw_curves
     x: str = 'loop'
     xlabel: str = 'loop k (dot: K)'
     xscale: str = 'linear'
     yscale: str = 'linear'
-    floor: float = 0.0  # what is smaller is rounding
-    crop: bool = False
+    ylim: tuple | None = None  # None: around the curves
+    crop: bool = False  # not higher than twice the least value
 
 
 class Panel(NamedTuple):
     """What is measured, its axes, and its table: [(heading, format, key, index in that list)]."""
-    diagnostic: Callable | None  # None: the log has it, and every result
+    diagnostic: Callable | None  # None: every result has it, from the log
     rows: list[Row]
-    table: str = ''
     columns: list[tuple] = []
 
 
 PANELS = {
     'training': Panel(None, [
-        Row('norm', 'How does the norm change in training?',
-            'Every tick is ten times the one below. Band: range over seeds.',
-            'norm at K', x='iter', xlabel='iteration', yscale='log')],
-        'Last evaluation in the log: norm, and cross-entropy at the exits in nats', [
+        Row('norm', 'How does the norm change in training?\n'
+            'A large tick is ten times the one below. Band: all seeds.',
+            'norm at K', x='iter', xlabel='iteration', yscale='log')], [
         ('norm at K', '.1f', 'norms', -1), ('CE at exit 1', '.3f', 'val_losses', 0),
         ('at K/2', '.3f', 'val_losses', 'K/2'), ('at K', '.3f', 'val_losses', -1)]),
     'quadrant': Panel(None, [
-        Row('norms', 'Is the norm held, is exit 1 of use?',
-            'Left: the norm is held. Low: exit 1 is as good as exit K.', 'CE at exit 1 minus CE at K',
-            draw_quadrant, xlabel='norm at K (one point per run)', xscale='log')]),
+        Row('norms', 'Is the norm held, and is exit 1 of use?\nLeft: held. Low: exit 1 is as good as K.',
+            'CE at exit 1 minus CE at K', draw_quadrant, xscale='log',
+            xlabel='norm at K (one point per run)')]),
     'scale_sensitivity': Panel(scale_sensitivity, [
-        Row('ce', 'Does the loss see the norm?', 'Flat: no. A valley: yes, and it prefers one norm.',
+        Row('ce', 'Does the loss see the norm?\nFlat: no. A valley: yes, and it prefers one norm.',
             'cross-entropy (nats)', x='factor', xlabel='factor on the last state', xscale='log', crop=True)]),
     'token_norms': Panel(token_norms, [
-        Row('norm', 'Is the norm that of all tokens, or of a few?', 'Steep at the right: of a few.',
-            'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log')],
-        'Norm of single tokens at K', [
+        Row('norm', 'Are all states long, or a few?\nSteep at the right: a few.',
+            'norm at K', x='share', xlabel='share of tokens with at most this norm', yscale='log')], [
         ('mean', '.1f', 'mean', 0), ('median', '.1f', 'norm', 50), ('p99', '.1f', 'norm', 99),
         ('max', '.1f', 'norm', 100)]),
     'radial_gradient': Panel(radial_gradient, [
-        Row('share', "Does an exit's own loss act on the norm?",
-            '0: its gradient is at right angles to the state.',
-            '|cos| of dCE_k/dh_k and h_k', yscale='log', floor=1e-6)],
-        "Exit k's own gradient: r_k = |cos| of it and h_k; g_K = dCE_K / d log|h_K|", [
-        ('r_1', '.1e', 'share', 0), ('r_K', '.1e', 'share', -1), ('g_K', '+.1e', 'slope', -1)]),
+        Row('share', "Does an exit's own loss act on the norm?\n0: no. What is below 1e-6 is rounding of 0.",
+            'r_k = |cos| of dCE_k/dh_k and h_k', yscale='log', ylim=(1e-9, 1))], [
+        ('r_1', '.1e', 'share', 0), ('r_K', '.1e', 'share', -1),
+        (r'g_K = dCE_K / d log \|h_K\|', '+.1e', 'slope', -1)]),
     'depth': Panel(depth, [
-        Row('norm', 'How does the norm change from loop to loop?', 'Pale: deeper than trained.',
+        Row('norm', 'How does the norm change from loop to loop?\nRight of the dot: deeper than trained.',
             'norm of the state', yscale='log'),
-        Row('ce', 'How good is each exit?', 'Pale: deeper than trained, read by the last exit.',
+        Row('ce', 'How good is each exit?\nRight of the dot: deeper than trained.',
             'cross-entropy (nats)', crop=True)]),
     'loss_gradient': Panel(loss_gradient, [
-        Row('whole', 'Does the whole loss act on the norm?',
-            'Thin: exit k alone. Dotted: C·(K − k) / norm, C from k = 1.',
-            '|cos| of dL/dh_k and h_k', draw_loss_gradient, yscale='log', floor=1e-6),
-        Row('signed', 'Which way does the whole loss act?',
-            'Negative: descent lengthens h_k. L: as it is trained.', 'mean cos of dL/dh_k and h_k')],
-        'Gradient of the whole loss, as trained: |cos| and cos of it and h_k', [
+        Row('whole', 'Does the whole loss act on the norm?\nThin: exit k alone. Dotted: C·(K − k) / norm.',
+            '|cos| of dL/dh_k and h_k', draw_loss_gradient, yscale='log', ylim=(1e-9, 1)),
+        Row('signed', 'Which way does the whole loss act?\nNegative: descent lengthens h_k.',
+            'mean cos of dL/dh_k and h_k')], [
         (r'\|cos\| at 1', '.1e', 'whole', 0), (r'\|cos\| at K/2', '.1e', 'whole', 'K/2'),
         (r'\|cos\| at K', '.1e', 'whole', -1), ('cos at 1', '+.1e', 'signed', 0),
         ('cos at K/2', '+.1e', 'signed', 'K/2'), ('cos at K', '+.1e', 'signed', -1)]),
-    'common': Panel(common, [
-        Row('share', 'How much of a state do all tokens share?', '1: all tokens have the same state.',
-            'share of the squared norm')]),
     'radial_clamp': Panel(radial_clamp, [
-        Row('change', 'What if loops may not change the norm?', '0: exit k does as well without.',
-            'change of cross-entropy (nats)')],
-        'Every token kept at its norm after loop 1', [
+        Row('change', 'What if every token stays at its norm after loop 1?\n0: exit k does as well.',
+            'change of cross-entropy (nats)')], [
         ('norm at K over unclamped', '.3f', 'ratio', -1), ('change of CE at K', '+.4f', 'change', -1)]),
     'residual_expansion': Panel(residual_expansion, [
-        Row('increment', 'How much norm does a loop add?', 'Level: each one adds the same.',
+        Row('increment', 'How much norm does a loop add?\nLevel: each one adds the same.',
             'norm of h_k+1 minus that of h_k', yscale='symlog'),
-        Row('turn', 'How far does a loop turn a state?', 'Falling: later loops change less.',
-            'distance of u_k+1 and u_k', yscale='log')],
-        'The update h_k+1 - h_k from h_10 to h_30, in RMS over channels', [
-        ('a_rad (along h_k)', '.3f', 'update', 0), ('across', '.3f', 'update', 1),
-        ('whole', '.3f', 'update', 2)]),
+        Row('turn_times_scale', 'Does a loop turn a long state less?\nLevel: yes, in proportion to 1 / norm.',
+            'turn |u_k+1 - u_k| times |h_k|', yscale='log')], [
+        ('a_rad (update along h_k, RMS, k from 10 on)', '.3f', 'update', 0),
+        ('across', '.3f', 'update', 1), ('whole', '.3f', 'update', 2)]),
     'exits': Panel(exits, [
-        Row('perplexity', 'How good is it to stop early?', 'Level: loops that change nothing.',
-            'perplexity', crop=True)],
-        'Early exits', [
-        ('perplexity at exits 1 .. K', '.2f', 'perplexity', 'all'),
-        ('loops with halting', '.2f', 'halting', 0), ('perplexity', '.2f', 'halting', 1),
-        ('speed over K', '.2f', 'halting', 2)]),
+        Row('perplexity', 'How good is it to stop early?\nLevel: loops that change nothing.',
+            'perplexity', crop=True)], [
+        ('perplexity at exit 1', '.2f', 'perplexity', 0), ('at K/2', '.2f', 'perplexity', 'K/2'),
+        ('at K', '.2f', 'perplexity', -1), ('loops with halting', '.2f', 'halting', 0),
+        ('perplexity with halting', '.2f', 'halting', 1), ('speed over K', '.2f', 'halting', 2)]),
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# Conditions: their names, and how they look
-
-WORDS = {'recurrence': '{} recurrence', 'loops': 'K = {}', 'learning_rate': 'lr {}'}  # not as the flag has it
-NAMED = 'supervision', 'readout', 'alpha', 'norm_penalty', 'seed'
-
-
-def describe(cfg: TrainConfig, iteration: int, log: list[dict]) -> dict:
-    """What flags and log say of a run that is saved at `iteration`. Where the name or the other flags differ,
-    it is of another condition."""
-    name = f'{cfg.supervision.replace("_", "-")} + {cfg.readout.replace("final_rms", "final-only rms")}'
-    if cfg.readout == 'alpha':
-        name += f' {cfg.alpha:g}'
-    if cfg.norm_penalty:
-        name += f' + penalty {cfg.norm_penalty:g}'
-    flags = []
-    for key, value in result_flags(cfg).items():
-        if key not in NAMED:
-            flags.append(WORDS.get(key, f'{key} {{}}').format(str(value).removesuffix('.0')))
-    if cfg.eval_iters != TrainConfig.eval_iters:  # means over other batches are not averaged with these
-        flags.append(f'eval_iters {cfg.eval_iters}')
-    for line in log:
-        if set(line.get('changed', ())) - {'max_iters'}:
-            flags.append(f'changed at {line["iter"]}')
-    if iteration < cfg.max_iters:
-        flags.append(f'stopped at {iteration}')
-
-    evaluations = [line for line in log if 'val_losses' in line]
-    if not evaluations:
-        raise UserError('it was stopped before its first evaluation: --resume it')
-    norms = {0: evaluations[0]['norms']}  # of the first weights, then of every step that is logged
-    norms.update({line['iter']: line['norms'] for line in log if 'loss' in line})
-    training = dict(evaluations[-1], iter=list(norms), norm=[n[-1] for n in norms.values()])
-    return dict(name=name, flags=flags, seed=cfg.seed, config=asdict(cfg), norms=norms, training=training,
-                quadrant=evaluations[-1])
-
-
-def conditions(results: list[dict]) -> tuple[str, dict[str, list[dict]]]:
-    """The flags that all runs share, and {name and other flags: the runs of a condition}."""
-    shared = [flag for flag in results[0]['flags'] if all(flag in r['flags'] for r in results)]
-    groups = {}
-    for r in results:
-        own = [flag for flag in r['flags'] if flag not in shared]
-        groups.setdefault(', '.join([r['name'], *own]), []).append(r)
-    return ', '.join(shared), groups
-
-
-COLORS = {'rms': '#D55E00', 'rms + penalty': '#009E73', 'raw': '#0072B2', 'cut': '#000000',
-          'layernorm': '#CC79A7', 'final_rms': '#E69F00', 'alpha': '#56B4E9'}  # Okabe and Ito's
-SPARE = ['#332288', '#44AA99', '#882255', '#999933', '#AA4499', '#117733', '#88CCEE', '#DDCC77', '#CC6677',
-         *matplotlib.colormaps['tab20b'].colors]
-DASHES = {'residual per_loop': '-', 'residual terminal': '--', 'rms per_loop': ':', 'damped per_loop': '-.'}
-
-
-def styles(groups: dict[str, list[dict]], width: int) -> list[tuple]:
-    """[(how a condition is drawn, its runs)]. Colour: readout and penalty, where no condition before it has
-    that; dashes: recurrence and supervision. The label is in lines of `width`."""
-    lines = []
-    for label, runs in groups.items():
-        config = runs[0]['config']
-        penalty = ' + penalty' if config['norm_penalty'] else ''
-        color = COLORS.get(config['readout'] + penalty)
-        if color is None or color in [style['color'] for style, _ in lines]:
-            color = SPARE[len(lines) % len(SPARE)]
-        dash = DASHES.get(f'{config["recurrence"]} {config["supervision"]}', (0, (6, 2, 1, 2, 1, 2)))
-        lines.append((dict(color=color, linestyle=dash, linewidth=2.2, label=drawable(label, width)), runs))
-    return lines
-
-
-def drawable(text: str, width: int) -> str:
-    """`text` as matplotlib draws it literally, in lines of `width`: no $ begins a formula, and Chinese, say,
-    which its font lacks, is escapes."""
-    text = ''.join(c if c < '\u2e80' else ascii(c)[1:-1] for c in text)
-    return textwrap.fill(text, width).replace('$', r'\$')
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The figure, the moving picture, the tables
+# The figure and the tables
 
 
 def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Path):
     """One figure of the chosen panels."""
-    lines = styles(groups, 46)
+    lines = styles(groups)
     axes = [(panel, row) for panel in panels for row in PANELS[panel].rows]
-    columns = 2 if len(axes) in (2, 4) else min(3, len(axes))
+    columns = 2 if len(axes) == 4 else min(3, len(axes))  # 2 x 2, else up to three in a row
     height = math.ceil(len(axes) / columns)
     fig = matplotlib.figure.Figure(figsize=(max(8, 5.6 * columns), 4.3 * height))
     for i, (panel, row) in enumerate(axes, 1):
-        ax = fig.add_subplot(height, columns, i, ylabel=row.ylabel)
-        ax.set_title(row.title, pad=22)
-        ax.text(0.5, 1.03, row.how, transform=ax.transAxes, ha='center', fontsize=10, color='dimgrey')
+        ax = fig.add_subplot(height, columns, i, xscale=row.xscale, yscale=row.yscale)
+        ax.set(title=row.title, xlabel=row.xlabel, ylabel=row.ylabel)
         row.draw(ax, lines, panel, row)
     fig.tight_layout(h_pad=2)
     title = drawable(f'All runs: {shared}', 50 * columns) if shared else None
@@ -497,34 +448,6 @@ def draw(shared: str, groups: dict[str, list[dict]], panels: list[str], out: Pat
     buffer = BytesIO()
     fig.savefig(buffer, format=out.suffix[1:], dpi=110, bbox_inches='tight')
     write_file(out, buffer.getvalue())
-
-
-def animate(groups: dict[str, list[dict]], out: Path):
-    """A moving picture of the norm at every loop, mean over the runs of a condition, over the first 120
-    iterations that all runs have logged."""
-    lines = styles(groups, 30)
-    every = [r['norms'] for runs in groups.values() for r in runs]
-    iterations = sorted(set.intersection(*[set(norms) for norms in every]))[:120]
-    values = [n for norms in every for it in iterations for n in norms[it]]
-    fig = matplotlib.figure.Figure(figsize=(8, 4.2))
-    ax = fig.add_axes((0.1, 0.15, 0.48, 0.74))
-
-    def update(it):
-        ax.clear()
-        for style, runs in lines:
-            y = torch.tensor([r['norms'][it] for r in runs])  # (runs, K)
-            label = f'{style["label"]}\nnorm at K: {cell(y[:, -1], ".1f")}'
-            ax.plot(range(1, y.size(1) + 1), y.mean(0), **dict(style, label=label))
-        ax.set(title=f'iteration {it}', xlabel='loop k', ylabel='norm of the state', yscale='log',
-               ylim=(0.7 * min(values), 1.4 * max(values)))
-        ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
-
-    frames = iterations + iterations[-1:] * 25
-    movie = matplotlib.animation.FuncAnimation(fig, update, frames, init_func=list)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, 'movie.gif')
-        movie.save(path, 'pillow', fps=10, dpi=100)
-        write_file(out, path.read_bytes())
 
 
 def cell(values, form: str) -> str:
@@ -541,17 +464,18 @@ def tables(shared: str, groups: dict[str, list[dict]], panels: list[str]) -> str
     also = f' All runs: {shared}.' if shared else ''
     text = f'Mean ± standard deviation over seeds.{also}\n'
     for name, panel in PANELS.items():
-        if not panel.table or name not in panels:
+        if not panel.columns or name not in panels:
             continue
         headings = ['condition', 'seeds', *[heading for heading, *_ in panel.columns]]
-        text += f'\n{panel.table}:\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
+        question = panel.rows[0].title.split('\n')[0]
+        text += f'\n{question}\n\n| {" | ".join(headings)} |\n{"|---" * len(headings)}|\n'
         for label, runs in groups.items():
             cells = [label, str(len(runs))]
             for _, form, key, which in panel.columns:
                 lists = [r[name][key] for r in runs]
-                K = len(lists[0])
-                indices = {'K/2': [max(1, K // 2) - 1], 'all': range(K)}.get(which, [which])
-                cells.append(' / '.join(cell([values[i] for values in lists], form) for i in indices))
+                half = max(1, len(lists[0]) // 2) - 1
+                index = half if which == 'K/2' else which
+                cells.append(cell([values[index] for values in lists], form))
             text += f'| {" | ".join(cells)} |\n'
     return text
 
@@ -561,21 +485,20 @@ def tables(shared: str, groups: dict[str, list[dict]], panels: list[str]) -> str
 
 @dataclass
 class PlotConfig:
-    out: str = flag('blind_spot.png', 'the figure, its numbers beside it as .json; or a moving picture, .gif')
+    out: str = flag('blind_spot.png', 'the figure; its numbers stand beside it as .json')
     panels: str = flag('training,scale_sensitivity,radial_gradient,quadrant',
                        f'all, or of\n{",".join(PANELS)}')
-    eval_iters: int = flag(50, 'batches of validation text', low=2, high=10_000)
+    eval_iters: int = flag(50, 'batches of validation text; halting is calibrated on half of them',
+                           low=2, high=10_000)
     device: str = flag('auto', 'auto is cuda, then mps, then cpu')
 
     def __post_init__(self):
         validate(self)
         out = Path(self.out)
-        if out.suffix not in ('.png', '.pdf', '.svg', '.gif') or not out.parent.is_dir():
-            raise ValueError(f'out must be a file .png, .pdf, .svg or .gif, in some folder, got {self.out!r}')
+        if out.suffix not in ('.png', '.pdf', '.svg') or not out.parent.is_dir():
+            raise ValueError(f'out must be a .png, .pdf or .svg in a folder that exists, got {out}')
         if self.panels == 'all':
             self.panels = ','.join(PANELS)
-        if out.suffix == '.gif':
-            self.panels = 'training'
         for panel in self.panels.split(','):
             if panel not in PANELS:
                 raise ValueError(f'panels must be all, or of {", ".join(PANELS)}, got {panel!r}')
@@ -591,6 +514,7 @@ def measure(path: Path, cfg: PlotConfig) -> dict:
         tokens, _ = load_tokens(run, state['corpus'])
         batches = list(eval_batches(tokens['val'], run, cfg.eval_iters, device))
         model.to(device)
+        model.recompute()  # a gradient then needs the graph of one loop or exit at a time
     for panel in chosen:
         result[panel] = PANELS[panel].diagnostic(model, batches)
     return result
@@ -598,9 +522,8 @@ def measure(path: Path, cfg: PlotConfig) -> dict:
 
 @one_line_errors
 def main(argv):
-    parser = FlagParser(PlotConfig, __doc__)
-    parser.add_argument('runs', nargs='*', help='folders of runs (default: all under out/)')
-    cfg, typed = parser.parse(argv)
+    runs = dict(nargs='*', help='folders of runs (default: all under out/)')
+    cfg, typed = parse_flags(PlotConfig, __doc__, argv, runs=runs)
     pick_device(cfg.device)  # a mistake in it ends here, and not once per run
     paths = [Path(p) for p in typed['runs']] or sorted(p.parent for p in Path('out').glob('*/ckpt.pt'))
     if not paths:
@@ -615,20 +538,17 @@ def main(argv):
                 raise UserError('it is another copy of a run that is drawn')
             results.append(result)
         except UserError as e:
-            print(f'{path}: left out,', *str(e).split(), file=sys.stderr)
+            message = ' '.join(str(e).split())  # one line
+            print(f'{path}: left out, {message}', file=sys.stderr)
     if not results:
         raise UserError('none of these runs could be measured')
 
     out, panels = Path(cfg.out), cfg.panels.split(',')
     shared, groups = conditions(results)
-    if out.suffix == '.gif':
-        animate(groups, out)
-    else:
-        draw(shared, groups, panels, out)
-        plain = json.loads(json.dumps(groups), parse_constant=lambda name: None)  # for JSON has no Infinity
-        write_file(out.with_suffix('.json'), json.dumps(plain, indent=1).encode())
+    draw(shared, groups, panels, out)
+    write_file(out.with_suffix('.json'), json.dumps(groups, indent=1).encode())
     print(f'{out} is drawn', file=sys.stderr)
-    print(tables(shared, groups, panels), flush=True)  # last: where nobody reads it, the figure is there
+    print(tables(shared, groups, panels), flush=True)  # last, as stdout may be closed
 
 
 if __name__ == '__main__':

@@ -348,7 +348,7 @@ def pick_device(name: str, n_embd: int = 0) -> torch.device:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     elif device.type == 'cpu' and 0 < n_embd <= 128 and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(1)  # more are no faster, and on a busy machine they wait for each other
+        torch.set_num_threads(1)  # a small model's threads wait for each other on a busy machine
     return device
 
 

@@ -1,6 +1,7 @@
 """Every diagnostic of plot_norms.py on a case whose answer is known; conditions and their looks; the figure;
 the program on good and bad runs."""
 
+import itertools
 import json
 import math
 import shutil
@@ -11,16 +12,15 @@ import matplotlib.figure
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import plot_norms
 import train
 from conftest import TEXT, TINY
 from data import prepare
 from looped import READOUTS, SUPERVISIONS, LoopedConfig, LoopedGPT
-from plot_norms import (PANELS, animate, calibrate, common, conditions, confidence, depth, describe, draw,
+from plot_norms import (PANELS, PlotConfig, calibrate, conditions, confidence, depth, describe, draw,
                         drawable, exits, leave, loss_gradient, margin, radial_clamp, radial_gradient,
-                        residual_expansion, scale_sensitivity, speed, styles, tables, token_norms)
+                        residual_expansion, scale_sensitivity, seconds, styles, tables, token_norms)
 from train import TrainConfig
 
 B, T, C, V, K = 3, 8, 32, 61, 4
@@ -157,38 +157,17 @@ def test_through_rms_later_exits_act_on_the_norm_where_an_exit_itself_does_not()
     assert max(got['own']) < 1e-6 < 1e-3 < min(got['whole'][:-1]) and got['whole'][-1] < 1e-6
 
 
-def test_common_is_the_share_of_the_squared_norm_that_the_mean_state_has():
-    model = make(double)
-    got, h = common(model, batches(1)), embedded(model, batches(1)[0][0]).flatten(0, 1)
-    share = (h.mean(0).square().sum() / h.square().sum(-1).mean()).item()
-    assert got['share'] == pytest.approx([share] * K, rel=1e-4)
-    far = torch.full((C,), 1000.0)
-    assert common(make(lambda h: h + far), batches())['share'][-1] == pytest.approx(1, abs=1e-3)
-
-
 def test_the_update_of_a_loop_that_adds_along_the_state_and_of_one_that_turns_it():
     model, (idx, _) = make(lambda h: h + 3 * F.normalize(h, dim=-1)), everything()
     got = residual_expansion(model, batches())
-    assert got['increment'] == pytest.approx([3] * 29, rel=1e-3) and max(got['turn']) < 1e-5
+    assert got['increment'] == pytest.approx([3] * 29, rel=1e-3) and max(got['turn_times_scale']) < 1e-3
     assert got['update'] == pytest.approx([3 / C ** 0.5, 0, 3 / C ** 0.5], abs=1e-3)
     got, norm = residual_expansion(make(turn), batches()), embedded(model, idx).norm(dim=-1).mean().item()
     chord, parts = 2 * math.sin(0.15), (math.cos(0.3) - 1, math.sin(0.3), 2 * math.sin(0.15))
     assert got['update'] == pytest.approx([part * norm / C ** 0.5 for part in parts], rel=1e-3)
-    assert got['turn'] == pytest.approx([chord] * 29, rel=1e-3)
     assert got['turn_times_scale'] == pytest.approx([chord * norm] * 29, rel=1e-3)
     model.step = lambda h, h_0, k, cache=None: h * (100 if k <= 10 else 1)  # the updates up to h_10
     assert residual_expansion(model, batches())['update'] == pytest.approx([0, 0, 0], abs=1e-3)
-
-
-def test_residual_expansion_of_a_pre_norm_block_follows_lemma_2():
-    """From a large state on, a block adds a norm that settles, and the turn times the norm is a constant."""
-    model = make(readout='rms')
-    with torch.no_grad():
-        model.tok_emb.weight.mul_(30000)
-    got = residual_expansion(model, batches())
-    update = got['turn_times_scale'][0]
-    assert update > 10 and got['turn_times_scale'] == pytest.approx([update] * 29, rel=0.05)
-    assert got['increment'] == pytest.approx([got['increment'][0]] * 29, abs=0.05 * update)
 
 
 def test_the_clamp_undoes_a_loop_that_only_scales_and_does_nothing_to_one_that_only_turns():
@@ -198,6 +177,16 @@ def test_the_clamp_undoes_a_loop_that_only_scales_and_does_nothing_to_one_that_o
     assert got['ratio'] == pytest.approx([0.5 ** k for k in range(K)], rel=1e-4)
     got = radial_clamp(make(turn, readout='raw'), batches())
     assert got['change'] == pytest.approx([0] * K, abs=1e-5) and got['ratio'] == pytest.approx([1] * K)
+
+
+def test_a_clamped_state_is_what_the_next_loop_is_fed():
+    model, (idx, targets) = make(lambda h: h + 1, readout='raw'), everything()
+    free = model.states(idx)
+    h, want = free[0], [0.0]
+    for k in range(1, K):
+        h = F.normalize(h + 1, dim=-1) * free[0].norm(dim=-1, keepdim=True)
+        want.append(raw_ce(model, h, targets) - raw_ce(model, free[k], targets))
+    assert radial_clamp(model, batches())['change'] == pytest.approx(want, abs=1e-4)
 
 
 def test_token_norms_are_the_quantiles_and_the_mean_of_states_of_known_length():
@@ -231,10 +220,10 @@ def test_the_loops_that_are_timed_are_those_that_halting_would_run(flags):
         step, ran = model.step, []
         model.step = lambda h, h_0, k: ran.append(len(h)) or step(h, h_0, k)
         for threshold in (0.0, margins[:-1].median().item() + 1e-4, math.inf):
-            assert speed(model, [(idx, targets)], [1, 2, 3, 4], threshold) > 0
+            assert seconds(model, [(idx, targets)], 1, threshold) > 0
             assert sum(ran) == pytest.approx(B * leave(margins, margins, threshold)[0].item())
             ran.clear()
-        speed(model, [(idx, targets)], [3], math.inf)
+        seconds(model, [(idx, targets)], 3, -1.0)  # all leave at exit 3, the first that is read
         assert ran == [B, B, B]
 
 
@@ -246,12 +235,17 @@ def test_the_threshold_is_chosen_on_every_other_batch_and_all_that_is_reported_i
     def confidence(model, half):
         asked.append([idx for idx, _ in half])
         return [chosen, rest][len(asked) - 1]
+
+    def seconds(model, half, first, threshold):
+        asked.append([idx for idx, _ in half])
+        return {(2, math.inf): 6.0, (1, 1.0): 2.0}[first, threshold]  # exit K alone, and halting
     monkeypatch.setattr(plot_norms, 'confidence', confidence)
+    monkeypatch.setattr(plot_norms, 'seconds', seconds)
     got = exits(make(loops=2), data)
-    assert [list(map(id, half)) for half in asked] == [[id(idx) for idx, _ in data[i::2]] for i in (0, 1)]
-    assert got['halting'][:2] == pytest.approx([1.5, math.exp(2.75)])  # the threshold is 1
+    halves = [[id(idx) for idx, _ in data[i::2]] for i in (0, 1, 1, 1)]
+    assert [list(map(id, half)) for half in asked] == halves
+    assert got['halting'] == pytest.approx([1.5, math.exp(2.75), 3])  # the threshold is 1
     assert got['perplexity'] == pytest.approx([math.exp(2.25), math.exp(2)])
-    assert min(got['tokens_per_second']) > 0 and got['halting'][2] > 0
 
 
 # What a fork does is what is measured
@@ -278,8 +272,10 @@ def test_a_softcap_in_readout_changes_every_diagnostic_that_reads_logits_and_no_
     changed = set()
     for panel, diagnostic in DIAGNOSTICS.items():
         before, after = diagnostic(plain, batches()), diagnostic(capped, batches())
+        for measured in before, after:
+            if panel == 'exits':
+                measured['halting'].pop()  # the speed, which is another each time
         changed |= {f'{panel} {key}' for key in before if before[key] != after[key]}
-    changed -= {'exits tokens_per_second'}
     assert changed == {'depth ce', 'scale_sensitivity ce', 'radial_gradient share', 'radial_gradient slope',
                        'loss_gradient whole', 'loss_gradient signed', 'loss_gradient own',
                        'loss_gradient bound', 'radial_clamp change', 'exits perplexity', 'exits halting'}
@@ -297,6 +293,7 @@ def test_the_logits_of_one_exit_are_there_at_a_time(panel):
             most = max(most, sum(ref() is not None for ref in alive))
         return tensor
     model.readout = lambda h, k=None: watch(readout(h, k))
+    model.recompute()  # as `measure` does
     with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
         DIAGNOSTICS[panel](model, batches())
     assert most <= 3  # this one, the one before it that a name still holds, and a softmax
@@ -305,7 +302,7 @@ def test_the_logits_of_one_exit_are_there_at_a_time(panel):
 @pytest.mark.parametrize('panel', DIAGNOSTICS)
 def test_every_diagnostic_measures_a_model_in_double_precision_and_one_of_a_single_loop(panel):
     single, precise = DIAGNOSTICS[panel](make(), batches()), DIAGNOSTICS[panel](make().double(), batches())
-    for key in set(single) - {'tokens_per_second', 'halting'}:
+    for key in set(single) - {'halting'}:
         got, want = torch.tensor(single[key]), torch.tensor(precise[key])
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     DIAGNOSTICS[panel](make(loops=1), batches())
@@ -336,37 +333,29 @@ def groups(*results):
 @pytest.mark.parametrize('flags, label', [
     (dict(seed=7, device='cpu', out_dir='x', log_interval=3), 'per-loop + rms'),
     (dict(readout='raw', supervision='terminal'), 'terminal + raw'),
-    (dict(readout='final_rms'), 'per-loop + final-only rms'),
-    (dict(readout='alpha'), 'per-loop + alpha 0.5'),
-    (dict(readout='alpha', alpha=1.0), 'per-loop + alpha 1'),
+    (dict(readout='final_rms'), 'per-loop + final_rms'),
+    (dict(readout='alpha', alpha=1.0), 'per-loop + alpha, alpha 1.0'),
     (dict(norm_penalty=0.01, recurrence='damped', loops=4),
-     'per-loop + rms + penalty 0.01, K = 4, damped recurrence'),
+     'per-loop + rms, loops 4, recurrence damped, norm_penalty 0.01'),
     (dict(learning_rate=0.003, output_bias='unigram', dataset='my/text'),
-     'per-loop + rms, output_bias unigram, dataset my/text, lr 0.003'),
+     'per-loop + rms, output_bias unigram, dataset my/text, learning_rate 0.003'),
     (dict(config=Forked), 'per-loop + rms'),
     (dict(config=Forked, gate=True, warmth=0.5), 'per-loop + rms, gate True, warmth 0.5'),
     (dict(iteration=300), 'per-loop + rms, stopped at 300'),
-    (dict(changed=dict(norm_penalty=0.01), norm_penalty=0.01), 'per-loop + rms + penalty 0.01, changed at 7'),
+    (dict(changed=dict(inject=1.0), inject=1.0), 'per-loop + rms, inject 1.0, changed at 7'),
     (dict(changed=dict(max_iters=1600)), 'per-loop + rms'),  # it goes on as it would have anyway
     (dict(eval_iters=7), 'per-loop + rms, eval_iters 7')])
 def test_a_condition_is_named_after_all_that_changes_its_result(flags, label):
     assert list(groups(result(**flags)))[0] == label
 
 
-def test_seeds_are_one_condition_and_nothing_else_is():
-    different = [dict(), dict(iteration=2), dict(eval_iters=7), dict(changed=dict(inject=1.0)),
-                 dict(readout='raw'), dict(loops=4), dict(norm_penalty=0.1), dict(weight_decay=0.0)]
-    every = groups(*(result(seed=seed, **flags) for seed in (1, 2) for flags in different))
-    assert [len(runs) for runs in every.values()] == [2] * len(different) + [1]
-
-
 def test_flags_that_all_runs_share_stand_once():
     same = dict(loops=4, weight_decay=0.5)
     shared, by_label = conditions([result(**same), result(**same, seed=2),
                                    result(**same, readout='raw', inject=1.0)])
-    assert shared == 'K = 4, weight_decay 0.5'
-    assert {k: len(v) for k, v in by_label.items()} == {'per-loop + rms': 2, 'per-loop + raw, inject 1': 1}
-    assert 'All runs: K = 4, weight_decay 0.5.' in tables(shared, by_label, ['training'])
+    assert shared == 'loops 4, weight_decay 0.5'
+    assert {k: len(v) for k, v in by_label.items()} == {'per-loop + rms': 2, 'per-loop + raw, inject 1.0': 1}
+    assert 'All runs: loops 4, weight_decay 0.5.' in tables(shared, by_label, ['training'])
 
 
 def test_seeds_are_averaged_in_the_table():
@@ -374,36 +363,36 @@ def test_seeds_are_averaged_in_the_table():
     for run in runs:
         run['token_norms'] = dict(norm=list(range(101)), mean=[7.0])
     by_label = conditions(runs)[1]
-    assert '| per-loop + raw | 1 | 7.0 | 50.0 | 99.0 | 100.0 |' in tables('', by_label, ['token_norms'])  # p99
+    assert '| per-loop + raw | 1 | 7.0 | 50.0 | 99.0 | 100.0 |' in tables('', by_label, ['token_norms'])
     table = tables('', by_label, ['training']).splitlines()
     assert len(table) == 9
     assert table[6:9] == [
         '| per-loop + rms | 2 | 15.0 ± 7.1 | 2.000 ± 0.000 | 1.700 ± 0.000 | 1.300 ± 0.000 |',
         '| per-loop + raw | 1 | 5.0 | 2.000 | 1.700 | 1.300 |',
-        '| per-loop + rms, K = 1 | 1 | 1.0 | 2.000 | 2.000 | 2.000 |']
+        '| per-loop + rms, loops 1 | 1 | 1.0 | 2.000 | 2.000 | 2.000 |']
 
 
 def test_every_condition_has_a_colour_of_its_own_and_those_of_the_paper_theirs(monkeypatch):
     monkeypatch.setitem(READOUTS, 'mine', READOUTS['raw'])
 
     def looks(*many):
-        return [style for style, _ in styles(conditions([result(**flags) for flags in many])[1], 46)]
+        return [style for style, _ in styles(conditions([result(**flags) for flags in many])[1])]
     sweep = [dict(weight_decay=0.1 * i) for i in range(1, 20)]
     drawn = looks(dict(), *sweep, dict(readout='mine'), dict(recurrence='rms'), dict(supervision='terminal'),
                   dict(readout='raw'), dict(norm_penalty=0.01))
     assert len({str(look['color']) for look in drawn}) == len(drawn)
     rms, raw = looks(dict(), dict(readout='raw'))
     assert (rms['color'], raw['color']) == (drawn[0]['color'], drawn[-2]['color'])
-    assert len({look['linestyle'] for look in drawn[-5:]}) == 3
+    assert [look['linestyle'] for look in drawn[-4:]] == ['-', '--', '-', '-']
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
-def axes(conditions_, panel='radial_gradient', key='share'):
+def axes(conditions_, panel, key):
     row, = (row for row in PANELS[panel].rows if row.key == key)
-    ax = matplotlib.figure.Figure().subplots()
+    ax = matplotlib.figure.Figure().add_subplot(xscale=row.xscale, yscale=row.yscale)
     lines = [(dict(color='red'), [dict(r, config=dict(loops=K)) for r in runs]) for runs in conditions_]
     row.draw(ax, lines, panel, row)
     return ax
@@ -416,12 +405,14 @@ def test_seeds_logged_at_other_intervals_are_averaged_where_both_have_a_line():
     assert ax.collections[0].get_paths()[0].get_extents().extents.tolist() == [2, 2, 4, 8]
 
 
-def test_rounding_is_drawn_as_zero_with_its_size_and_hides_nothing():
-    noise = [[1e-8, 3e-7, 2e-8, 1e-7], [3e-8, 1e-8, 2e-7, 1e-9], [0.1, 0.1, 0.1, 0.1]]
-    ax = axes([[dict(radial_gradient=dict(share=values))] for values in noise])
-    first, second, third = (set(line.get_ydata().tolist()) for line in ax.lines[::3])
-    assert len(first) == len(second) == 1 and first != second and max(first | second) < 1e-6
-    assert third == {0.1} and ax.texts[0].get_text() == '0 (rounding: 3e-7)'
+def test_rounding_and_a_gradient_stand_far_apart_on_an_axis_that_is_always_the_same():
+    shares = [0.0, 1e-8, 1e-8, 2e-8], [0.07, 0.07, 0.07, 0.08]
+    for some in shares[:1], shares[1:], shares:
+        ax = axes([[dict(radial_gradient=dict(share=values))] for values in some], 'radial_gradient', 'share')
+        assert ax.get_ylim() == (1e-9, 1)
+    curve, dot = ax.lines[:2]
+    assert curve.get_ydata().tolist() == [1e-9, 1e-8, 1e-8, 2e-8]  # 0 is at the bottom
+    assert dot.get_xydata().tolist() == [[K, 2e-8]]
 
 
 def test_a_curve_that_explodes_leaves_the_others_in_view():
@@ -431,24 +422,28 @@ def test_a_curve_that_explodes_leaves_the_others_in_view():
 
 
 def test_the_quadrant_has_one_point_per_run():
-    runs = [dict(quadrant=dict(norms=[1.0, norm], val_losses=[2.5, 2.0])) for norm in (10.0, 3000.0)]
+    runs = [dict(training=dict(norms=[1.0, norm], val_losses=[2.2, 2.0])) for norm in (10.0, 3000.0)]
     ax = axes([runs], 'quadrant', 'norms')
-    assert [line.get_xydata().tolist() for line in ax.lines[:2]] == [[[10, 0.5]], [[3000, 0.5]]]
+    points = [line.get_xydata()[0].tolist() for line in ax.lines[:2]]
+    assert points == [pytest.approx([10, 0.2]), pytest.approx([3000, 0.2])]
+    assert (ax.get_xlim(), ax.get_ylim()) == ((1, 1e4), (-0.05, 0.3))
+
+
+def measured(run: dict, model: LoopedGPT) -> dict:
+    return run | {panel: diagnostic(model, batches()) for panel, diagnostic in DIAGNOSTICS.items()}
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning', 'ignore::UserWarning')
-@pytest.mark.parametrize('factor', [1e12, math.nan])
-def test_no_panel_and_no_table_fails_on_numbers_that_are_not_finite(tmp_path, factor):
-    """A grown model of K loops beside a sound one of a single loop."""
-    grown, sound = make(lambda h: factor * h, readout='raw'), make(loops=1)
-    runs = [dict(result(math.inf, readout='raw', loops=K)), dict(result(loops=1))]
-    for run, model in zip(runs, (grown, sound)):
-        run.update({panel: diagnostic(model, batches()) for panel, diagnostic in DIAGNOSTICS.items()})
-    _, both = conditions(runs)
-    draw('', both, list(PANELS), tmp_path / 'x.png')
+def test_no_panel_and_no_table_fails_on_numbers_that_are_not_finite(tmp_path):
+    """Two models that overflow beside a sound one of a single loop."""
+    grown = measured(result(math.inf, readout='raw', loops=K), make(lambda h: 1e12 * h, readout='raw'))
+    broken = measured(result(math.nan, readout='cut', loops=K), make(lambda h: math.nan * h, readout='cut'))
+    sound = measured(result(loops=1), make(loops=1))
+    _, by_label = conditions([grown, broken, sound])
+    draw('', by_label, list(PANELS), tmp_path / 'x.png')
     assert (tmp_path / 'x.png').stat().st_size > 10_000
-    text = tables('', both, list(PANELS))
-    assert text.count('\n| per-loop') == 2 * sum(panel.table != '' for panel in PANELS.values())
+    text = tables('', by_label, list(PANELS))
+    assert text.count('\n| per-loop') == 3 * sum(panel.columns != [] for panel in PANELS.values())
 
 
 @pytest.mark.filterwarnings('error')
@@ -456,8 +451,19 @@ def test_a_name_is_drawn_literally_whatever_it_holds(tmp_path):
     assert drawable('a$x$, $b', 46) == r'a\$x\$, \$b' and drawable('中 é я', 46) == r'\u4e2d é я'
     many = groups(*(result(dataset=name) for name in ('a$x$', 'a$b', '中文', 'é\n', '|', '$' * 300)))
     draw('dataset $x$ 中', many, ['training', 'quadrant'], tmp_path / 'x.svg')
-    animate(many, tmp_path / 'x.gif')
-    assert min((tmp_path / name).stat().st_size for name in ('x.svg', 'x.gif')) > 5_000
+    assert 'a$x$' in (tmp_path / 'x.svg').read_text()  # beside its glyphs matplotlib notes what they say
+
+
+@pytest.mark.parametrize('panels', [PlotConfig().panels.split(','), list(PANELS)])
+def test_no_title_or_label_overlaps_another(monkeypatch, tmp_path, panels):
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda self, *_, **__: figures.append(self))
+    runs = [measured(result(readout=readout), make(readout=readout)) for readout in ('rms', 'raw')]
+    draw('', conditions(runs)[1], panels, tmp_path / 'x.png')
+    figures[0].draw_without_rendering()  # every text is then where it will be
+    texts = [text for ax in figures[0].axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+    for a, b in itertools.combinations(texts, 2):
+        assert not a.get_window_extent().overlaps(b.get_window_extent()), (a, b)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -494,10 +500,13 @@ def change_checkpoint(folder, change):
     torch.save(state, folder / 'ckpt.pt')
 
 
-def test_a_newcomer_gets_a_figure_of_four_panels_numbers_and_tables(plot, workplace):
+def test_a_newcomer_gets_a_figure_of_four_panels_numbers_and_tables(plot, workplace, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(LoopedGPT, 'recompute', lambda self: recomputed.append(self))
     code, out, err = plot()
     assert code == 0, err
-    assert ', K = 3, ' in out and '| per-loop + rms | 2 |' in out and '| per-loop + raw | 1 |' in out
+    assert len(recomputed) == 3  # what was trained within memory is measured within it
+    assert ', loops 3, ' in out and '| per-loop + rms | 2 |' in out and '| per-loop + raw | 1 |' in out
     assert '[1/3] out/raw' in err and '[3/3]' in err and err.count('\n') == 4
     assert (workplace / 'blind_spot.png').read_bytes()[:4] == b'\x89PNG'
     numbers = json.loads((workplace / 'blind_spot.json').read_text())
@@ -505,7 +514,7 @@ def test_a_newcomer_gets_a_figure_of_four_panels_numbers_and_tables(plot, workpl
     assert sorted(r['path'] for r in results) == ['out/raw', 'out/rms', 'out/rms2']
     for r in results:
         assert set(DIAGNOSTICS) & set(r) == {'scale_sensitivity', 'radial_gradient'}
-        assert r['training']['iter'] == [0, 1, 2, 3, 4, 5, 6] and r['quadrant']['iter'] == 6
+        assert r['training']['iter'] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_all_panels_print_the_papers_tables_for_runs_of_one_loop_and_of_three(run, plot, workplace):
@@ -513,14 +522,14 @@ def test_all_panels_print_the_papers_tables_for_runs_of_one_loop_and_of_three(ru
     code, out, err = plot('out/one', 'out/rms', 'out/rms2', '--panels=all', '--out=all.png')
     assert code == 0, err
     for heading in ('norm at K', 'CE at exit 1', 'median', 'p99', 'max', 'r_1', 'r_K', 'g_K', 'a_rad',
-                    'norm at K over unclamped', 'perplexity at exits 1 .. K', 'loops with halting'):
+                    'norm at K over unclamped', 'perplexity at exit 1', 'loops with halting'):
         assert f'| {heading}' in out, heading
-    assert out.count('| condition |') == out.count('K = 1 | 1 |') == 7
+    assert out.count('| condition |') == out.count('loops 1 | 1 |') == 7
     for table in out.split('\n\n')[2::2]:
         widths = {line.replace(r'\|', '').count('|') for line in table.strip().splitlines()[:4]}
         assert len(widths) == 1
     for group in json.loads((workplace / 'all.json').read_text()).values():
-        assert set(PANELS) < set(group[0])
+        assert set(DIAGNOSTICS) < set(group[0])
 
 
 @pytest.mark.parametrize('flag', ['--out=a.xyz', '--out=nowhere/a.png', '--panels=dept', '--eval_iters=1',
@@ -557,29 +566,3 @@ def test_where_nothing_can_be_measured_the_last_line_says_so(run, plot, workplac
     shutil.rmtree('out')
     code, _, err = plot()
     assert code == 1 and err.count('\n') == 1 and 'train some first' in err
-
-
-def test_the_json_holds_no_infinity(plot, workplace):
-    change_checkpoint(workplace / 'out/raw', lambda state: state['model']['tok_emb.weight'].mul_(1e30))
-    code, _, err = plot('out/raw', '--panels=depth')
-    assert code == 0, err
-    (raw,), = json.loads((workplace / 'blind_spot.json').read_text(), parse_constant=pytest.fail).values()
-    assert None in raw['depth']['ce']
-
-
-def test_a_moving_picture_needs_no_text_and_120_frames_take_less_than_1500_kilobytes(plot, workplace):
-    (workplace / 'text.txt').unlink()
-    for name in 'rms', 'raw':  # one norm grows, the other does not
-        lines = []
-        for it in range(1, 200, 14):
-            norms = [float(k * it) if name == 'rms' else 20 + math.sin(it) for k in (1, 2, 3)]
-            lines.append(dict(iter=it, loss=9 / it, norms=norms))
-        change_checkpoint(workplace / 'out' / name, lambda state: state.update(log=state['log'][:2] + lines))
-    code, out, err = plot('out/rms', 'out/raw', '--out=a.gif')
-    assert code == 0, err
-    assert '| per-loop + rms | 1 |' in out and not (workplace / 'a.json').exists()
-    with Image.open(workplace / 'a.gif') as gif:
-        assert gif.n_frames == 16 and gif.size == (800, 420) and gif.info['loop'] == 0
-        durations = [gif.seek(i) or gif.info['duration'] for i in range(gif.n_frames)]
-        assert durations == [100] * 15 + [2600]
-    assert (workplace / 'a.gif').stat().st_size < 1_500_000 * 16 / 120
