@@ -157,6 +157,14 @@ def test_through_rms_later_exits_act_on_the_norm_where_an_exit_itself_does_not()
     assert max(got['own']) < 1e-6 < 1e-3 < min(got['whole'][:-1]) and got['whole'][-1] < 1e-6
 
 
+def test_a_state_that_no_loss_reaches_has_a_gradient_of_0():
+    """Terminal, in a fork that stops the gradient between loops."""
+    model = make(readout='raw', supervision='terminal')
+    model.carry = lambda h, h_0, k: h_0 if k == 1 else h.detach()
+    whole = loss_gradient(model, batches())['whole']
+    assert whole[:-1] == [0] * (K - 1) and whole[-1] > 1e-3
+
+
 def test_the_update_of_a_loop_that_adds_along_the_state_and_of_one_that_turns_it():
     model, (idx, _) = make(lambda h: h + 3 * F.normalize(h, dim=-1)), everything()
     got = residual_expansion(model, batches())
