@@ -70,6 +70,7 @@ def main(argv):
     run = dict(help='the folder of a run, as out/python-raw-residual-per_loop')
     cfg, given = parse_flags(SampleConfig, __doc__, argv, run=run)
     path = Path(given['run']).expanduser()
+    # a checkpoint can be shared as a file, too
     model, trained, _ = load_checkpoint(path if path.is_file() else path / 'ckpt.pt')
     device = pick_device(cfg.device, trained.n_embd)
     model.to(device)
@@ -78,6 +79,7 @@ def main(argv):
     asked = cfg.loops or trained.loops
     depths = [asked]
     if cfg.every_depth:
+        # 1, 2, 4 .. asked, and twice asked
         depths = sorted({2 ** i for i in range(asked.bit_length())} | {asked, 2 * asked})
         likeliest(model, encoding, idx, depths)
         print(f'\nand how the text goes on, each depth from seed {cfg.seed}:\n')

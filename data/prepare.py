@@ -172,25 +172,25 @@ def prepare(dataset: str, vocab_size: int, min_tokens: int = 1) -> tuple[Path, d
     """The folder of a prepared corpus, made where it is missing or its text has changed, and its meta.json.
     UserError: no text, fewer than min_tokens tokens in a split, no network, no room."""
     dataset = os.path.expanduser(dataset)
-    # Two files may have one name, and a name may hold anything: the hash of the path tells them apart.
+    # Two files can have one name, and a name can hold anything: the folder's name has a hash of the path.
     path = os.path.realpath(dataset)
     stem = re.sub(r'(?a)\W+', '_', Path(path).stem)[:40]
     own = f'{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}'
     folder = DATA / f'{dataset if dataset in BUILTIN else own}_{vocab_size}'
 
-    files, hash_ = scan(dataset)
+    files, digest = scan(dataset)
     meta = read_meta(folder)
-    if meta['hash'] != hash_:
+    if meta['hash'] != digest:
         encoding = get_tokenizer(vocab_size)
         print(f'preparing {dataset!a} with a vocabulary of {vocab_size:,} in data/{folder.name}')
         try:
             with tempfile.TemporaryDirectory(prefix='unfinished-', dir=DATA) as temporary:
                 tokens, size = tokenize(documents(dataset, files), encoding, temporary)
-                meta = dict(dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=hash_)
+                meta = dict(dataset=dataset, vocab_size=vocab_size, tokens=tokens, bytes=size, hash=digest)
                 Path(temporary, 'meta.json').write_text(json.dumps(meta, indent=1))
                 folder.mkdir(exist_ok=True)
-                # The old text's meta.json goes first and the new one comes last: what is between, a kill
-                # included, does not count as prepared.
+                # The old text's meta.json goes first and the new one comes last: if this is killed between
+                # the two, the corpus does not count as prepared.
                 (folder / 'meta.json').unlink(missing_ok=True)
                 for name in 'train.bin', 'val.bin', 'meta.json':
                     os.replace(f'{temporary}/{name}', folder / name)
