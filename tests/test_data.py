@@ -307,18 +307,16 @@ def test_a_kill_while_a_new_text_replaces_the_old_one_leaves_neither(workplace, 
 def test_a_preparation_that_is_killed_half_way_is_not_seen_as_prepared(clone, monkeypatch, signum):
     monkeypatch.setattr(data, 'DATA', clone.folder / 'data')
     monkeypatch.chdir(clone.folder)
-    text = 'a text that takes its time to be prepared\n' * 500000
-    write(clone.folder / 'text.txt', text)
-    process = clone('-c', PREPARE)
-    while not any(path.stat().st_size for path in data.DATA.glob('unfinished-*/train.bin')):
+    process = clone('-c', f'import os, time; os.replace = lambda *_: time.sleep(60); {PREPARE}')
+    while not list(data.DATA.glob('unfinished-*/meta.json')):  # after which the files get their names
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signum)
     assert process.wait(60) != 0
-    assert not list(data.DATA.glob('*_256'))
+    assert not list(data.DATA.glob('*_256/meta.json'))
     if signum == signal.SIGINT:
         assert not list(data.DATA.glob('unfinished-*'))
-    assert text_of(prepare('text.txt', 256)) == text
+    assert text_of(prepare('text.txt', 256)) == (clone.folder / 'text.txt').read_text()
 
 
 @contextmanager
