@@ -307,7 +307,9 @@ def test_a_kill_while_a_new_text_replaces_the_old_one_leaves_neither(workplace, 
 def test_a_preparation_that_is_killed_half_way_is_not_seen_as_prepared(clone, monkeypatch, signum):
     monkeypatch.setattr(data, 'DATA', clone.folder / 'data')
     monkeypatch.chdir(clone.folder)
-    process = clone('-c', f'import os, time; os.replace = lambda *_: time.sleep(60); {PREPARE}')
+    # SIGINT is ignored below a shell's `&`
+    process = clone('-c', 'import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); '
+                          f'os.replace = lambda *_: time.sleep(60); {PREPARE}')
     while not list(data.DATA.glob('unfinished-*/meta.json')):  # after which the files get their names
         assert process.poll() is None
         time.sleep(0.01)
