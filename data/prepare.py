@@ -102,7 +102,8 @@ def scan(dataset: str) -> tuple[list[Path], str]:
     digest = hashlib.sha256()
     for path in local_files(dataset):
         try:
-            text = read_text(path).encode()
+            text = path.read_bytes()
+            text.decode()
         except (OSError, UnicodeError):
             skipped.append(ascii(path.name))
             continue
@@ -118,11 +119,6 @@ def scan(dataset: str) -> tuple[list[Path], str]:
     return files, digest.hexdigest()
 
 
-def read_text(path: Path) -> str:
-    with open(path, encoding='utf-8', newline='') as f:  # '': line ends stay as they are
-        return f.read()
-
-
 def documents(dataset: str, files: list[Path]) -> Iterator[tuple[str, str]]:
     """(split, text) of a whole corpus, in order. Validation is every 20th file; of fewer files, the last
     tenth of each; of wikitext103, its own."""
@@ -136,7 +132,7 @@ def documents(dataset: str, files: list[Path]) -> Iterator[tuple[str, str]]:
     if dataset in DOWNLOADS:
         files = [download(dataset)]
     for i, path in enumerate(files):
-        text = read_text(path)
+        text = path.read_bytes().decode()
         if len(files) < 20:
             end = len(text) * 9 // 10
             yield 'train', text[:end]

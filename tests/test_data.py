@@ -308,14 +308,14 @@ def test_a_preparation_that_is_killed_half_way_is_not_seen_as_prepared(clone, mo
     monkeypatch.setattr(data, 'DATA', clone.folder / 'data')
     monkeypatch.chdir(clone.folder)
     # SIGINT is ignored below a shell's `&`
-    process = clone('-c', 'import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); '
-                          f'os.replace = lambda *_: time.sleep(60); {PREPARE}')
-    while not list(data.DATA.glob('unfinished-*/meta.json')):  # after which the files get their names
+    process = clone('-c', 'import json, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); '
+                          f'json.dumps = lambda *_, **__: time.sleep(60); {PREPARE}')
+    while not any(path.stat().st_size for path in data.DATA.glob('unfinished-*/train.bin')):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signum)
-    assert process.wait(60) != 0
-    assert not list(data.DATA.glob('*_256/meta.json'))
+    assert process.wait(60) == -signum
+    assert not list(data.DATA.glob('*_256'))
     if signum == signal.SIGINT:
         assert not list(data.DATA.glob('unfinished-*'))
     assert text_of(prepare('text.txt', 256)) == (clone.folder / 'text.txt').read_text()
