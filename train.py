@@ -269,12 +269,17 @@ def write_file(path: Path, data: bytes):
         raise UserError(f'could not write {path} ({e.strerror}); what was saved before stays') from e
 
 
+def check_finite(numbers: list, it: int):
+    """UserError where a number is inf or nan."""
+    if not all(math.isfinite(x) for x in numbers):
+        raise UserError(f'loss not finite at iteration {it}; what was saved stays: lower --learning_rate')
+
+
 def save(out_dir: Path, log: list[dict], model, optimizer, it: int, cfg: TrainConfig, corpus: str):
     """Tensors and plain values only, so that the checkpoint loads without running code. It holds the log,
     too: one rename saves the whole run, and log.jsonl is a copy to read. UserError: weights that are not
     finite, or a full disk."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f'weights not finite at iteration {it}; what was saved stays: lower --learning_rate')
+    check_finite([p.square().sum().item() for p in model.parameters()], it)
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter=it, log=log,
                  config=asdict(cfg), corpus=corpus)
     buffer = io.BytesIO()
@@ -316,11 +321,15 @@ def load_moments(optimizer, state: dict, path: Path):
     try:
         # the moments of the file, the rate and decay of the flags
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
+        if state['iter'] and not optimizer.state:
+            raise ValueError('there are none')
         for p, moments in optimizer.state.items():
             for name, t in moments.items():
                 # A fused step trusts shape and strides: a file must not choose where it reads and writes.
                 fresh = torch.empty((), device=t.device) if name == 'step' else torch.empty_like(p)
-                moments[name] = fresh.copy_(t.view(fresh.shape))
+                if t.shape != fresh.shape:
+                    raise ValueError(f'{name} of shape {list(t.shape)} for weights of shape {list(p.shape)}')
+                moments[name] = fresh.copy_(t)
     except Exception as e:  # a foreign file can raise anything
         raise UserError(f'{path} is of another optimizer ({type(e).__name__}: {e}): try --init_from') from e
 
@@ -524,8 +533,7 @@ def main(argv):
                     dist.all_reduce(loss)
                     dist.all_reduce(norms)
                 loss, norms = loss.item(), norms.tolist()  # CPU-GPU sync points; a step has no others
-                if not math.isfinite(loss):
-                    raise UserError(f'loss not finite at iteration {it}: lower --learning_rate')
+                check_finite([loss, *norms], it)
                 seconds = (time.perf_counter() - clock) / (it - clock_it)
                 clock, clock_it = time.perf_counter(), it
                 rate = cfg.batch_size * micro_steps * cfg.block_size / seconds
